@@ -1,0 +1,93 @@
+// A device: its memory, and one in-order queue of work.
+//
+// Every kernel call and every copy is queued on the device's one queue and runs in the order of the
+// calls; only Download() and Synchronize() wait. A Device is used by one thread at a time.
+//
+// Two libraries implement this header, kernels/cpu and kernels/cuda; a program links exactly one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace gla {
+
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+constexpr size_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr const char* NameOf(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
+}
+
+struct DeviceOptions {
+  int ordinal = 0;      // which GPU; the CPU backend has only 0
+  int num_threads = 0;  // CPU backend: threads that compute, 0 = one per core; ignored by CUDA
+  bool poison = false;  // fill every allocation with NaN, so that a read of stale memory shows
+};
+
+class Device {
+ public:
+  // The device, or null and the reason in `*error` (no driver, no GPU, no such ordinal).
+  static std::unique_ptr<Device> Open(const DeviceOptions& options, std::string* error);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  // At least 256-byte aligned; contents undefined (NaN with `poison`). Null when there is no room.
+  void* Allocate(size_t bytes);
+  void Free(void* memory);  // null is allowed; waits until queued work that may use it is done
+
+  void Upload(void* device_dst, const void* host_src, size_t bytes);  // `host_src` is free on return
+  void Download(void* host_dst, const void* device_src, size_t bytes);  // waits
+  void Copy(void* device_dst, const void* device_src, size_t bytes);
+  void Fill(void* device_dst, int byte, size_t bytes);
+  void Synchronize();
+
+  const std::string& name() const;  // "NVIDIA H100 80GB HBM3", or the CPU's model name
+  static const char* backend();     // "cpu" or "cuda"
+  size_t memory_total() const;      // bytes
+  size_t memory_free() const;       // bytes, now
+
+  struct Impl;  // the queue and handles; defined once per backend
+  Impl& impl() { return *impl_; }
+
+ private:
+  explicit Device(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// A move-only claim on device memory, given back when destroyed.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(Device& device, size_t bytes)
+      : device_(&device), data_(bytes == 0 ? nullptr : device.Allocate(bytes)), bytes_(bytes) {}
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~DeviceBuffer() {
+    if (data_ != nullptr) device_->Free(data_);
+  }
+
+  // False when the allocation failed.
+  bool ok() const { return bytes_ == 0 || data_ != nullptr; }
+  size_t bytes() const { return bytes_; }
+  void* data() const { return data_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace gla

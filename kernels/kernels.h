@@ -1,0 +1,293 @@
+// Every kernel of the project: one Args struct and one function each, the same for both backends.
+//
+// Conventions. T rows (tokens of all sequences, packed), N sequences, R rows of logits, H query
+// heads, G key/value heads (H % G == 0; query head h reads key/value head h / (H / G)), K key
+// dimension, V value dimension, D hidden size. All pointers are device memory. `*_stride` is the
+// distance between rows in elements; rows are contiguous inside. "act" is the activation type given
+// by `dtype` (float32 or bfloat16); arithmetic and accumulation are float32 always. Optional inputs
+// are null when absent, and that is a path of its own, never a tensor of zeros. A call with zero
+// rows does nothing. Arguments are trusted: they are checked once, where the model is built or in
+// attention.h; a violated REQUIRES aborts with file and line.
+//
+// Batch invariance: the value computed for a row depends only on that row's inputs (and, for the
+// recurrence, on its sequence), never on how many other rows are in the call nor on where it
+// stands. Every backend chooses its tiles and reduction orders so; tests/kernels checks bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/device.h"
+
+namespace gla {
+
+// ---- Dense products -----------------------------------------------------------------------------
+
+// One [rows, cols] block of a weight in host memory, row-major, as checkpoints store it.
+struct HostMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int rows = 0;
+  int cols = 0;
+};
+
+// A dense weight [out, in] in device memory, in the layout this backend's products want.
+class PackedWeight {
+ public:
+  // Stacks `blocks` (same `cols`) along the rows and stores them as `dtype` (float32 or bfloat16).
+  // ok() is false when device memory is exhausted.
+  PackedWeight() = default;
+  PackedWeight(Device& device, const std::vector<HostMatrix>& blocks, DType dtype);
+  bool ok() const { return buffer_.ok(); }
+  int out() const { return out_; }
+  int in() const { return in_; }
+  DType dtype() const { return dtype_; }
+  size_t bytes() const { return buffer_.bytes(); }
+  const void* data() const { return buffer_.data(); }
+
+ private:
+  DeviceBuffer buffer_;
+  int out_ = 0;
+  int in_ = 0;
+  DType dtype_ = DType::kFloat32;
+};
+
+// y = x W^T (+ bias) (+ y when `accumulate`).
+struct MatmulArgs {
+  const void* x;               // [rows, in] act (`x_dtype`)
+  const PackedWeight* weight;  // [out, in]
+  const float* bias = nullptr; // [out]
+  void* y;                     // [rows, out] `y_dtype`
+  int rows;
+  int64_t x_stride;
+  int64_t y_stride;
+  DType x_dtype;               // CUDA: the weight's own type
+  DType y_dtype;               // float32, or `x_dtype`
+  bool accumulate = false;     // y_dtype must be float32
+};
+void Matmul(Device& device, const MatmulArgs& args);
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
+// y[t] = table[tokens[t]]
+struct EmbedArgs {
+  const int32_t* tokens;  // [T], each in [0, vocab)
+  const void* table;      // [vocab, D] row-major `table_dtype`
+  float* y;               // [T, D]
+  int rows, dim;
+  DType table_dtype;
+};
+void Embed(Device& device, const EmbedArgs& args);
+
+// y = x / sqrt(mean(x^2) + eps) * weight, times gate * sigmoid(gate) when a gate is given.
+// (RMSNorm, Zhang & Sennrich 2019; the gated form is fla's FusedRMSNormGated with swish.)
+// Rows may be grouped: row r of the [rows * groups, dim] view is group r % groups of row r / groups,
+// at x + (r / groups) * x_stride + (r % groups) * dim. Per-head norms use groups = H, dim = V.
+struct RmsNormArgs {
+  const void* x;                  // [rows, groups, dim] `x_dtype`
+  const float* weight = nullptr;  // [dim]; null: no learned scale
+  const void* gate = nullptr;     // [rows, groups, dim] `y_dtype`; null: no gate
+  void* y;                        // [rows, groups, dim] `y_dtype`
+  int rows, groups, dim;
+  int64_t x_stride, gate_stride = 0, y_stride;
+  float eps;
+  bool normalize = true;          // false: y = x (* swish(gate)); fla's output_norm = identity
+  DType x_dtype, y_dtype;
+};
+void RmsNorm(Device& device, const RmsNormArgs& args);
+
+// y = gate * sigmoid(gate) * up
+struct SwiGluArgs {
+  const void* gate;  // [rows, dim] act
+  const void* up;    // [rows, dim] act
+  void* y;           // [rows, dim] act
+  int rows, dim;
+  int64_t gate_stride, up_stride, y_stride;
+  DType dtype;
+};
+void SwiGlu(Device& device, const SwiGluArgs& args);
+
+// y = max(log(sigmoid(x + bias)) / normalizer, clamp_min): the log decay of GLA, <= 0.
+struct LogSigmoidGateArgs {
+  const float* x;                // [rows, dim]
+  const float* bias = nullptr;   // [dim]
+  float* y;                      // [rows, dim]; may be `x`
+  int rows, dim;
+  float normalizer;
+  const float* clamp_min = nullptr;  // HOST pointer to one value; null: no clamp
+};
+void LogSigmoidGate(Device& device, const LogSigmoidGateArgs& args);
+
+// Element-wise part of a feature map on heads (linear layers inside a map are Matmul calls).
+enum class FeatureMap : uint8_t {
+  kIdentity,
+  kRelu,      // max(x, 0)
+  kElu,       // elu(x) + 1
+  kSilu,      // x sigmoid(x)
+  kSigmoid,
+  kSquaredRelu,
+  kGelu,      // tanh approximation, as fla's fast_gelu
+  kProduct,   // x * x2 (elementwise_product: the two linear layers' outputs)
+  kSoftmax2,  // softmax over [2x, -2x], out_dim = 2 dim (hedgehog, after its linear layer)
+  kDpfp,      // relu[x, -x] times its rolls by 1..4, out_dim = 8 dim
+};
+struct FeatureMapArgs {
+  FeatureMap map;
+  const void* x;             // [rows, heads, dim] act
+  const void* x2 = nullptr;  // kProduct only: same shape and stride as x
+  void* y;                   // [rows, heads, out_dim] act; may be `x` when out_dim == dim
+  int rows, heads, dim;
+  int out_dim;               // dim, 2 dim (kSoftmax2) or 8 dim (kDpfp)
+  int64_t x_stride, y_stride;
+  bool normalize = false;    // y /= sum(y) + 1e-4 over each head (fla: norm_q, norm_k)
+  DType dtype;
+};
+void ApplyFeatureMap(Device& device, const FeatureMapArgs& args);
+
+// Rotary position embedding in place, halves paired (i, i + K/2), base 10000 (RoFormer; fla's
+// RotaryEmbedding, interleaved = false). Row t is at position positions[t].
+struct RotaryArgs {
+  void* x;                   // [rows, heads, dim] act
+  const int64_t* positions;  // [rows]
+  int rows, heads, dim;
+  int64_t x_stride;
+  float base = 10000.0f;
+  DType dtype;
+};
+void Rotary(Device& device, const RotaryArgs& args);
+
+// ---- Sequences and their states -----------------------------------------------------------------
+
+// Which rows are which sequence's, and where its state rests. Sequence n owns rows
+// [cu_seqlens[n], cu_seqlens[n + 1]); empty sequences are allowed (their state is still carried from
+// the read slot to the write slot).
+// read_slots[n]: the slot whose state it starts from; -1: starts from zero and no memory is read.
+// write_slots[n]: the slot that receives its final state (may equal the read slot: in place);
+//   -1: the final state is dropped.
+// REQUIRES: write slots that are not -1 are distinct, and no write slot is another sequence's read
+// slot.
+struct Sequences {
+  const int32_t* cu_seqlens;   // [N + 1]
+  const int32_t* read_slots;   // [N]
+  const int32_t* write_slots;  // [N]
+  int num_seqs;
+  int num_rows;                // cu_seqlens[N]
+  int max_len;                 // longest sequence in this call
+};
+
+// Causal depthwise convolution of width W over each sequence, then SiLU when `silu`:
+// y[t, c] = silu(sum_w weight[c, w] x[t - (W - 1) + w, c] (+ bias[c])).
+// The state of a slot is the last W - 1 inputs, oldest first, [W - 1, C] float32 at
+// state + slot * state_stride.
+struct ShortConvArgs {
+  const void* x;                 // [rows, C] act
+  const float* weight;           // [C, W]
+  const float* bias = nullptr;   // [C]
+  void* y;                       // [rows, C] act; not `x`
+  float* state;                  // first slot's, [W - 1, C]
+  int64_t state_stride;          // floats between slots
+  Sequences seqs;
+  int channels, width;           // width in [1, 8]
+  int64_t x_stride, y_stride;
+  bool silu = true;
+  DType dtype;
+};
+void ShortConv(Device& device, const ShortConvArgs& args);
+
+enum class GateKind : uint8_t {
+  kNone,      // linear attention, no decay; `gate` is null
+  kConstant,  // [H] log decay per head, the same at every step (retention); G == H
+  kScalar,    // [rows, G] log decay per head and step (simple GLA)
+  kPerKey,    // [rows, G, K] log decay per key dimension and step (GLA)
+};
+
+// The recurrence of the family, for every sequence n and query head h of group g:
+//   S_t = diag(exp(gate_t)) S_{t-1} + k_t^T v_t        S: [K, V], one per key/value head
+//   o_t = scale q_t S_t
+// With kConstant and G < H (grouped heads of RetNet) the decay differs per query head, so there the
+// state is kept per query head: state [H, K, V]; `state_heads` says which.
+// With `key_sum_state` (linear attention, normalize): z_t = z_{t-1} + k_t and
+//   o_t = scale q_t S_t / (scale q_t . z_t + 1e-10)                    (fla: normalize_with_z_state)
+// Sources: Yang et al. 2023 (GLA, arXiv 2312.06635), Sun et al. 2023 (RetNet, arXiv 2307.08621).
+struct LinearAttentionArgs {
+  const void* q;                   // [rows, H, K] act
+  const void* k;                   // [rows, G, K] act
+  const void* v;                   // [rows, G, V] act
+  GateKind gate_kind = GateKind::kNone;
+  const float* gate = nullptr;     // see GateKind; log decay, <= 0
+  void* o;                         // [rows, H, V] act
+  float* state;                    // first slot's, [state_heads, K, V], V contiguous
+  float* key_sum_state = nullptr;  // first slot's, [G, K]; null: not normalized
+  int64_t state_stride;            // floats between slots, for both
+  Sequences seqs;
+  int num_heads, num_kv_heads, key_dim, value_dim;  // H, G, K, V
+  int state_heads;                 // G, or H (see above)
+  int64_t q_stride, k_stride, v_stride, o_stride;
+  int64_t gate_stride = 0;         // kScalar, kPerKey
+  float scale;
+  DType dtype;
+};
+// Token by token: the bits of o_t and S_t depend only on the sequence's own inputs and starting
+// state, not on how it is cut into calls.
+void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& args);
+// In tiles of 64 tokens counted from the first row of each sequence in the call (fla's chunk_size);
+// equal to the recurrent form up to rounding. Not with `key_sum_state`.
+void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
+
+// ---- From logits to tokens ----------------------------------------------------------------------
+
+// Sampling of one row. Applied in this order (as vLLM does): logit bias; repetition, then presence
+// and frequency penalties; temperature; top-k; top-p; min-p; draw.
+struct SampleRow {
+  float temperature = 0;         // 0: greedy (the largest logit, lowest id on a tie)
+  int32_t top_k = 0;             // 0: off
+  float top_p = 1;               // 1: off
+  float min_p = 0;               // 0: off
+  float repetition_penalty = 1;  // logits of seen tokens: > 0 divided, < 0 multiplied; 1: off
+  float presence_penalty = 0;    // subtracted once from tokens generated so far
+  float frequency_penalty = 0;   // subtracted per time a token was generated so far
+  uint64_t seed = 0;             // Philox4x32-10 key
+  uint64_t counter = 0;          // Philox counter: the index of the token in its generation
+};
+// A token whose logit is changed in one row.
+struct TokenAdjustment {
+  int32_t token;
+  int32_t generated_count;  // times generated in this request; presence and frequency penalties
+  int32_t seen;             // 1: in prompt or generated: repetition penalty applies
+  float bias;               // added first
+};
+struct SampleArgs {
+  const float* logits;                 // [R, vocab]; not changed
+  const SampleRow* rows;               // [R]
+  const TokenAdjustment* adjustments;  // all rows' one after another, distinct tokens in each row
+  const int32_t* adjustment_offsets;   // [R + 1]
+  float* scratch;                      // [R, vocab]
+  int32_t* tokens;                     // [R] out; -1 when a logit of the row is NaN or +inf, or all
+                                       // are -inf
+  int num_rows, vocab;
+};
+void Sample(Device& device, const SampleArgs& args);
+
+// log_softmax of the unchanged logits at `targets`, and the `top_n` likeliest tokens (by logit, lowest
+// id first on a tie).
+struct LogprobArgs {
+  const float* logits;     // [R, vocab]
+  const int32_t* targets;  // [R]; -1: no target, logprob is 0
+  float* logprobs;         // [R] out, nats
+  int32_t* top_tokens = nullptr;    // [R, top_n] out
+  float* top_logprobs = nullptr;    // [R, top_n] out
+  int num_rows, vocab;
+  int top_n = 0;           // 0 .. 20
+};
+void Logprobs(Device& device, const LogprobArgs& args);
+
+// out[r] = x[rows[r]]: the rows whose logits are wanted.
+struct GatherRowsArgs {
+  const float* x;       // [T, D]
+  const int32_t* rows;  // [R]
+  float* y;             // [R, D]
+  int num_rows, dim;
+};
+void GatherRows(Device& device, const GatherRowsArgs& args);
+
+}  // namespace gla
