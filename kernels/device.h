@@ -39,7 +39,8 @@ class Device {
   void* Allocate(size_t bytes);
   void Free(void* memory);  // null is allowed; waits until queued work that may use it is done
 
-  void Upload(void* device_dst, const void* host_src, size_t bytes);  // `host_src` is free on return
+  void Upload(void* device_dst, const void* host_src,
+              size_t bytes);  // `host_src` is free on return
   void Download(void* host_dst, const void* device_src, size_t bytes);  // waits
   void Copy(void* device_dst, const void* device_src, size_t bytes);
   void Fill(void* device_dst, int byte, size_t bytes);

@@ -11,7 +11,8 @@
 //
 // Batch invariance: the value computed for a row depends only on that row's inputs (and, for the
 // recurrence, on its sequence), never on how many other rows are in the call nor on where it
-// stands. Every backend chooses its tiles and reduction orders so; tests/kernels checks bit for bit.
+// stands. Every backend chooses its tiles and reduction orders so; tests/kernels checks bit for
+// bit.
 #pragma once
 
 #include <cstdint>
@@ -54,16 +55,16 @@ class PackedWeight {
 
 // y = x W^T (+ bias) (+ y when `accumulate`).
 struct MatmulArgs {
-  const void* x;               // [rows, in] act (`x_dtype`)
-  const PackedWeight* weight;  // [out, in]
-  const float* bias = nullptr; // [out]
-  void* y;                     // [rows, out] `y_dtype`
+  const void* x;                // [rows, in] act (`x_dtype`)
+  const PackedWeight* weight;   // [out, in]
+  const float* bias = nullptr;  // [out]
+  void* y;                      // [rows, out] `y_dtype`
   int rows;
   int64_t x_stride;
   int64_t y_stride;
-  DType x_dtype;               // CUDA: the weight's own type
-  DType y_dtype;               // float32, or `x_dtype`
-  bool accumulate = false;     // y_dtype must be float32
+  DType x_dtype;            // CUDA: the weight's own type
+  DType y_dtype;            // float32, or `x_dtype`
+  bool accumulate = false;  // y_dtype must be float32
 };
 void Matmul(Device& device, const MatmulArgs& args);
 
@@ -81,8 +82,9 @@ void Embed(Device& device, const EmbedArgs& args);
 
 // y = x / sqrt(mean(x^2) + eps) * weight, times gate * sigmoid(gate) when a gate is given.
 // (RMSNorm, Zhang & Sennrich 2019; the gated form is fla's FusedRMSNormGated with swish.)
-// Rows may be grouped: row r of the [rows * groups, dim] view is group r % groups of row r / groups,
-// at x + (r / groups) * x_stride + (r % groups) * dim. Per-head norms use groups = H, dim = V.
+// Rows may be grouped: row r of the [rows * groups, dim] view is group r % groups of row r /
+// groups, at x + (r / groups) * x_stride + (r % groups) * dim. Per-head norms use groups = H, dim =
+// V.
 struct RmsNormArgs {
   const void* x;                  // [rows, groups, dim] `x_dtype`
   const float* weight = nullptr;  // [dim]; null: no learned scale
@@ -91,7 +93,7 @@ struct RmsNormArgs {
   int rows, groups, dim;
   int64_t x_stride, gate_stride = 0, y_stride;
   float eps;
-  bool normalize = true;          // false: y = x (* swish(gate)); fla's output_norm = identity
+  bool normalize = true;  // false: y = x (* swish(gate)); fla's output_norm = identity
   DType x_dtype, y_dtype;
 };
 void RmsNorm(Device& device, const RmsNormArgs& args);
@@ -109,9 +111,9 @@ void SwiGlu(Device& device, const SwiGluArgs& args);
 
 // y = max(log(sigmoid(x + bias)) / normalizer, clamp_min): the log decay of GLA, <= 0.
 struct LogSigmoidGateArgs {
-  const float* x;                // [rows, dim]
-  const float* bias = nullptr;   // [dim]
-  float* y;                      // [rows, dim]; may be `x`
+  const float* x;               // [rows, dim]
+  const float* bias = nullptr;  // [dim]
+  float* y;                     // [rows, dim]; may be `x`
   int rows, dim;
   float normalizer;
   const float* clamp_min = nullptr;  // HOST pointer to one value; null: no clamp
@@ -121,9 +123,9 @@ void LogSigmoidGate(Device& device, const LogSigmoidGateArgs& args);
 // Element-wise part of a feature map on heads (linear layers inside a map are Matmul calls).
 enum class FeatureMap : uint8_t {
   kIdentity,
-  kRelu,      // max(x, 0)
-  kElu,       // elu(x) + 1
-  kSilu,      // x sigmoid(x)
+  kRelu,  // max(x, 0)
+  kElu,   // elu(x) + 1
+  kSilu,  // x sigmoid(x)
   kSigmoid,
   kSquaredRelu,
   kGelu,      // tanh approximation, as fla's fast_gelu
@@ -137,9 +139,9 @@ struct FeatureMapArgs {
   const void* x2 = nullptr;  // kProduct only: same shape and stride as x
   void* y;                   // [rows, heads, out_dim] act; may be `x` when out_dim == dim
   int rows, heads, dim;
-  int out_dim;               // dim, 2 dim (kSoftmax2) or 8 dim (kDpfp)
+  int out_dim;  // dim, 2 dim (kSoftmax2) or 8 dim (kDpfp)
   int64_t x_stride, y_stride;
-  bool normalize = false;    // y /= sum(y) + 1e-4 over each head (fla: norm_q, norm_k)
+  bool normalize = false;  // y /= sum(y) + 1e-4 over each head (fla: norm_q, norm_k)
   DType dtype;
 };
 void ApplyFeatureMap(Device& device, const FeatureMapArgs& args);
@@ -159,10 +161,10 @@ void Rotary(Device& device, const RotaryArgs& args);
 // ---- Sequences and their states -----------------------------------------------------------------
 
 // Which rows are which sequence's, and where its state rests. Sequence n owns rows
-// [cu_seqlens[n], cu_seqlens[n + 1]); empty sequences are allowed (their state is still carried from
-// the read slot to the write slot).
-// read_slots[n]: the slot whose state it starts from; -1: starts from zero and no memory is read.
-// write_slots[n]: the slot that receives its final state (may equal the read slot: in place);
+// [cu_seqlens[n], cu_seqlens[n + 1]); empty sequences are allowed (their state is still carried
+// from the read slot to the write slot). read_slots[n]: the slot whose state it starts from; -1:
+// starts from zero and no memory is read. write_slots[n]: the slot that receives its final state
+// (may equal the read slot: in place);
 //   -1: the final state is dropped.
 // REQUIRES: write slots that are not -1 are distinct, and no write slot is another sequence's read
 // slot.
@@ -171,8 +173,8 @@ struct Sequences {
   const int32_t* read_slots;   // [N]
   const int32_t* write_slots;  // [N]
   int num_seqs;
-  int num_rows;                // cu_seqlens[N]
-  int max_len;                 // longest sequence in this call
+  int num_rows;  // cu_seqlens[N]
+  int max_len;   // longest sequence in this call
 };
 
 // Causal depthwise convolution of width W over each sequence, then SiLU when `silu`:
@@ -180,14 +182,14 @@ struct Sequences {
 // The state of a slot is the last W - 1 inputs, oldest first, [W - 1, C] float32 at
 // state + slot * state_stride.
 struct ShortConvArgs {
-  const void* x;                 // [rows, C] act
-  const float* weight;           // [C, W]
-  const float* bias = nullptr;   // [C]
-  void* y;                       // [rows, C] act; not `x`
-  float* state;                  // first slot's, [W - 1, C]
-  int64_t state_stride;          // floats between slots
+  const void* x;                // [rows, C] act
+  const float* weight;          // [C, W]
+  const float* bias = nullptr;  // [C]
+  void* y;                      // [rows, C] act; not `x`
+  float* state;                 // first slot's, [W - 1, C]
+  int64_t state_stride;         // floats between slots
   Sequences seqs;
-  int channels, width;           // width in [1, 8]
+  int channels, width;  // width in [1, 8]
   int64_t x_stride, y_stride;
   bool silu = true;
   DType dtype;
@@ -207,12 +209,13 @@ enum class GateKind : uint8_t {
 // With kConstant and G < H (grouped heads of RetNet) the decay differs per query head, so there the
 // state is kept per query head: state [H, K, V]; `state_heads` says which.
 // With `key_sum_state` (linear attention, normalize): z_t = z_{t-1} + k_t and
-//   o_t = scale q_t S_t / (scale q_t . z_t + 1e-10)                    (fla: normalize_with_z_state)
+//   o_t = scale q_t S_t / (scale q_t . z_t + 1e-10)                    (fla:
+//   normalize_with_z_state)
 // Sources: Yang et al. 2023 (GLA, arXiv 2312.06635), Sun et al. 2023 (RetNet, arXiv 2307.08621).
 struct LinearAttentionArgs {
-  const void* q;                   // [rows, H, K] act
-  const void* k;                   // [rows, G, K] act
-  const void* v;                   // [rows, G, V] act
+  const void* q;  // [rows, H, K] act
+  const void* k;  // [rows, G, K] act
+  const void* v;  // [rows, G, V] act
   GateKind gate_kind = GateKind::kNone;
   const float* gate = nullptr;     // see GateKind; log decay, <= 0
   void* o;                         // [rows, H, V] act
@@ -221,9 +224,9 @@ struct LinearAttentionArgs {
   int64_t state_stride;            // floats between slots, for both
   Sequences seqs;
   int num_heads, num_kv_heads, key_dim, value_dim;  // H, G, K, V
-  int state_heads;                 // G, or H (see above)
+  int state_heads;                                  // G, or H (see above)
   int64_t q_stride, k_stride, v_stride, o_stride;
-  int64_t gate_stride = 0;         // kScalar, kPerKey
+  int64_t gate_stride = 0;  // kScalar, kPerKey
   float scale;
   DType dtype;
 };
@@ -268,16 +271,16 @@ struct SampleArgs {
 };
 void Sample(Device& device, const SampleArgs& args);
 
-// log_softmax of the unchanged logits at `targets`, and the `top_n` likeliest tokens (by logit, lowest
-// id first on a tie).
+// log_softmax of the unchanged logits at `targets`, and the `top_n` likeliest tokens (by logit,
+// lowest id first on a tie).
 struct LogprobArgs {
-  const float* logits;     // [R, vocab]
-  const int32_t* targets;  // [R]; -1: no target, logprob is 0
-  float* logprobs;         // [R] out, nats
-  int32_t* top_tokens = nullptr;    // [R, top_n] out
-  float* top_logprobs = nullptr;    // [R, top_n] out
+  const float* logits;            // [R, vocab]
+  const int32_t* targets;         // [R]; -1: no target, logprob is 0
+  float* logprobs;                // [R] out, nats
+  int32_t* top_tokens = nullptr;  // [R, top_n] out
+  float* top_logprobs = nullptr;  // [R, top_n] out
   int num_rows, vocab;
-  int top_n = 0;           // 0 .. 20
+  int top_n = 0;  // 0 .. 20
 };
 void Logprobs(Device& device, const LogprobArgs& args);
 

@@ -7,8 +7,8 @@
 #define GLA_CONCAT_INNER(a, b) a##b
 #define GLA_CONCAT(a, b) GLA_CONCAT_INNER(a, b)
 
-#define GLA_RETURN_IF_ERROR(expr)                      \
-  do {                                                 \
+#define GLA_RETURN_IF_ERROR(expr)                                              \
+  do {                                                                         \
     if (absl::Status gla_status = (expr); !gla_status.ok()) return gla_status; \
   } while (false)
 

@@ -2,17 +2,17 @@
 //
 //   while (TakeInbox()) { plan = scheduler.Plan(); Deliver(plan, model.Forward(plan)); }
 //
-// Other threads only leave messages in the inbox (Submit, Cancel, session calls, Drain); results come
-// back through TokenSink and callbacks, which run on the engine thread and must not block, throw, or
-// call a blocking function. A new message is seen at the top of the next step, so a cancellation or a
-// passed deadline takes effect within one step.
+// Other threads only leave messages in the inbox (Submit, Cancel, session calls, Drain); results
+// come back through TokenSink and callbacks, which run on the engine thread and must not block,
+// throw, or call a blocking function. A new message is seen at the top of the next step, so a
+// cancellation or a passed deadline takes effect within one step.
 //
-// States. A slot is one sequence's recurrent state. A session at rest holds one slot (none while its
-// position is 0). A running request holds one working slot: its first chunk reads the session's slot
-// and writes the working slot, so the session's own state stays untouched until the request ends;
-// then the working slot becomes the session's. On a numeric fault the working slot is dropped and the
-// session is as before the request. Capacity: sessions = slots - max_num_seqs, so a session never
-// starves a request and a request never evicts a session.
+// States. A slot is one sequence's recurrent state. A session at rest holds one slot (none while
+// its position is 0). A running request holds one working slot: its first chunk reads the session's
+// slot and writes the working slot, so the session's own state stays untouched until the request
+// ends; then the working slot becomes the session's. On a numeric fault the working slot is dropped
+// and the session is as before the request. Capacity: sessions = slots - max_num_seqs, so a session
+// never starves a request and a request never evicts a session.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +46,9 @@ struct SamplingParams {
 };
 
 struct GenerateParams {
-  std::vector<int32_t> prompt;  // at least one token, unless a session with position > 0 ... see Submit
-  std::string session_id;       // empty: one-shot
+  std::vector<int32_t>
+      prompt;              // at least one token, unless a session with position > 0 ... see Submit
+  std::string session_id;  // empty: one-shot
   std::optional<int64_t> expected_position;
   int max_new_tokens = 256;
   SamplingParams sampling;
@@ -72,7 +73,8 @@ struct TokenLogprob {
 
 struct TokenEvent {
   int32_t token = 0;
-  std::string text;  // whole characters that became certain; empty while a stop string may be matching
+  std::string
+      text;  // whole characters that became certain; empty while a stop string may be matching
   std::optional<TokenLogprob> logprob;
 };
 
@@ -83,15 +85,15 @@ struct RequestTimings {  // seconds
 };
 
 struct FinishEvent {
-  absl::Status status;             // OK for kLength, kEos and kStop
+  absl::Status status;  // OK for kLength, kEos and kStop
   FinishReason reason = FinishReason::kLength;
-  std::string text;                // what was held back and belongs to the text after all
-  std::string stop_sequence;       // the stop string that matched
+  std::string text;           // what was held back and belongs to the text after all
+  std::string stop_sequence;  // the stop string that matched
   int64_t tokens_restored = 0;
   int64_t tokens_prefilled = 0;
   int64_t tokens_generated = 0;
   std::string session_id;
-  int64_t session_position = 0;    // after this request
+  int64_t session_position = 0;  // after this request
   uint64_t seed = 0;
   RequestTimings timings;
   std::vector<float> score_logprobs;  // Score only
@@ -101,6 +103,8 @@ struct FinishEvent {
 class TokenSink {
  public:
   virtual ~TokenSink() = default;
+  // After a step that ran a part of the prompt but not its end: tokens done and in all.
+  virtual void OnPrefill(int64_t /*tokens_done*/, int64_t /*tokens_total*/) {}
   virtual void OnToken(const TokenEvent& event) = 0;
   virtual void OnFinish(const FinishEvent& event) = 0;
 };
@@ -116,14 +120,14 @@ struct SessionInfo {
 };
 
 struct EngineOptions {
-  int max_num_seqs = 64;               // requests running at once
-  int max_num_batched_tokens = 2048;   // rows of one step
-  int max_prefill_chunk = 512;         // rows of one prompt in one step, so that others go on
-  int max_queued_requests = 256;       // beyond: ResourceExhausted at Submit
-  int64_t max_queued_tokens = 1 << 20; // prompt tokens waiting; beyond: ResourceExhausted
-  int64_t num_slots = 0;               // state slots; > max_num_seqs
+  int max_num_seqs = 64;                // requests running at once
+  int max_num_batched_tokens = 2048;    // rows of one step
+  int max_prefill_chunk = 512;          // rows of one prompt in one step, so that others go on
+  int max_queued_requests = 256;        // beyond: ResourceExhausted at Submit
+  int64_t max_queued_tokens = 1 << 20;  // prompt tokens waiting; beyond: ResourceExhausted
+  int64_t num_slots = 0;                // state slots; > max_num_seqs
   int64_t default_session_ttl_seconds = 900;
-  bool poison_freed_slots = false;     // tests: fill freed slots with NaN
+  bool poison_freed_slots = false;  // tests: fill freed slots with NaN
 };
 
 using RequestId = uint64_t;
@@ -141,12 +145,12 @@ class Engine {
   absl::Status SelfTest();
   void Start();
 
-  // From any thread; never blocks for longer than an append. An error means that the sink will never be
-  // called: ResourceExhausted (queue full), Unavailable (draining). Everything else comes by OnFinish:
-  // NotFound (no such session; reason SESSION_EXPIRED if it expired), Aborted (session busy; stale
-  // expected_position), ResourceExhausted, DeadlineExceeded, Cancelled, Internal (numeric guard).
-  // Machine-readable reasons travel as the status payload kReasonUrl.
-  // The sink must stay valid until its OnFinish returns.
+  // From any thread; never blocks for longer than an append. An error means that the sink will
+  // never be called: ResourceExhausted (queue full), Unavailable (draining). Everything else comes
+  // by OnFinish: NotFound (no such session; reason SESSION_EXPIRED if it expired), Aborted (session
+  // busy; stale expected_position), ResourceExhausted, DeadlineExceeded, Cancelled, Internal
+  // (numeric guard). Machine-readable reasons travel as the status payload kReasonUrl. The sink
+  // must stay valid until its OnFinish returns.
   absl::StatusOr<RequestId> Submit(GenerateParams params, TokenSink* sink);
   absl::StatusOr<RequestId> Submit(ScoreParams params, TokenSink* sink);
   // Idempotent; nothing happens when the request has finished.
@@ -159,15 +163,16 @@ class Engine {
   void DeleteSession(std::string id, std::function<void(absl::Status)> done);
   void ListSessions(std::function<void(std::vector<SessionInfo>)> done);  // by id
 
-  // New work is refused with Unavailable from now on; running and queued work goes on. `drained` runs
-  // on the engine thread once nothing is left.
+  // New work is refused with Unavailable from now on; running and queued work goes on. `drained`
+  // runs on the engine thread once nothing is left.
   void Drain(std::function<void()> drained);
   // Ends everything that still runs with Unavailable. Idempotent.
   void Stop();
 
-  int64_t capacity_sessions() const;   // num_slots - max_num_seqs
-  int64_t num_sessions() const;        // now; from any thread
-  // Seconds since the engine thread last finished a step or slept idle: the liveness probe's question.
+  int64_t capacity_sessions() const;  // num_slots - max_num_seqs
+  int64_t num_sessions() const;       // now; from any thread
+  // Seconds since the engine thread last finished a step or slept idle: the liveness probe's
+  // question.
   double heartbeat_age_seconds() const;
 
  private:

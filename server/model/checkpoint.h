@@ -23,7 +23,7 @@ namespace gla {
 // A tensor inside a mapped file. Valid as long as its Checkpoint.
 struct TensorView {
   std::string name;
-  std::string dtype_name;       // as the file spells it: "BF16", "F16", "F32", "I32", ...
+  std::string dtype_name;  // as the file spells it: "BF16", "F16", "F32", "I32", ...
   std::vector<int64_t> shape;
   const void* data = nullptr;
   size_t bytes = 0;
@@ -42,13 +42,14 @@ class Checkpoint {
 
   // Null when there is no such tensor.
   const TensorView* Find(std::string_view name) const;
-  // The tensor, a weight (F32, F16 or BF16) of exactly this shape, all values finite; or an error that
-  // says which tensor, what was expected and what was found. Marks the tensor as used.
-  absl::StatusOr<const TensorView*> Weight(const std::string& name, absl::Span<const int64_t> shape);
+  // The tensor, a weight (F32, F16 or BF16) of exactly this shape, all values finite; or an error
+  // that says which tensor, what was expected and what was found. Marks the tensor as used.
+  absl::StatusOr<const TensorView*> Weight(const std::string& name,
+                                           absl::Span<const int64_t> shape);
   // Error naming the tensors that no Weight() call asked for (misspelt or not supported).
   absl::Status CheckAllUsed() const;
 
-  std::vector<std::string> names() const;  // sorted
+  std::vector<std::string> names() const;                                 // sorted
   const absl::flat_hash_map<std::string, std::string>& metadata() const;  // "__metadata__"
 
  private:

@@ -1,8 +1,8 @@
 // A linear-attention language model: weights on the device and the forward pass over a step plan.
 //
-// Built once from a checkpoint; every tensor's shape, and every layer's output against the next one's
-// input, is checked then (the per-head norm gives [T, H, V]; the output projection wants [T, H * V]).
-// Const but for its activation buffers; used by one thread, the engine's.
+// Built once from a checkpoint; every tensor's shape, and every layer's output against the next
+// one's input, is checked then (the per-head norm gives [T, H, V]; the output projection wants [T,
+// H * V]). Const but for its activation buffers; used by one thread, the engine's.
 #pragma once
 
 #include <cstdint>
@@ -19,20 +19,20 @@ namespace gla {
 enum class PrefillForm { kRecurrent, kChunkwise };
 
 struct ModelOptions {
-  DType dtype = DType::kFloat32;  // activations: float32 or bfloat16. Weights are kept as bfloat16 when
-                                  // dtype is bfloat16 or the checkpoint is, else as float32.
-  int max_rows = 2048;            // T of the largest step; activations are allocated for it
-  int max_seqs = 64;              // N of the largest step
-  int max_logit_rows = 256;       // R of the largest step
-  // How runs of more than one token are computed. kRecurrent: bits do not depend on how a text is cut
-  // into steps and turns. kChunkwise: tiles of 64 tokens, faster on CUDA for long prompts.
+  DType dtype = DType::kFloat32;  // activations: float32 or bfloat16. Weights are kept as bfloat16
+                                  // when dtype is bfloat16 or the checkpoint is, else as float32.
+  int max_rows = 2048;       // T of the largest step; activations are allocated for it
+  int max_seqs = 64;         // N of the largest step
+  int max_logit_rows = 256;  // R of the largest step
+  // How runs of more than one token are computed. kRecurrent: bits do not depend on how a text is
+  // cut into steps and turns. kChunkwise: tiles of 64 tokens, faster on CUDA for long prompts.
   PrefillForm prefill_form = PrefillForm::kRecurrent;
 };
 
 class Model {
  public:
-  // Reads the weights; `checkpoint` is not needed afterwards. InvalidArgument when tensors do not fit
-  // the config; ResourceExhausted when device memory runs out.
+  // Reads the weights; `checkpoint` is not needed afterwards. InvalidArgument when tensors do not
+  // fit the config; ResourceExhausted when device memory runs out.
   static absl::StatusOr<std::unique_ptr<Model>> Load(Device& device, const ModelConfig& config,
                                                      Checkpoint& checkpoint,
                                                      const ModelOptions& options);
@@ -48,9 +48,9 @@ class Model {
   int64_t state_bytes() const { return state_floats() * 4; }
   int64_t weight_bytes() const;
 
-  // Runs the plan over the state slots at `states` (device memory; slot s at s * state_floats()) and
-  // returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued, not
-  // waited for. REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
+  // Runs the plan over the state slots at `states` (device memory; slot s at s * state_floats())
+  // and returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued,
+  // not waited for. REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
   const float* Forward(const StepPlan& plan, float* states);
 
  private:
