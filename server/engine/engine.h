@@ -48,6 +48,9 @@ struct SamplingParams {
 struct GenerateParams {
   std::vector<int32_t>
       prompt;              // at least one token, unless a session with position > 0 ... see Submit
+  // Fed before the prompt when the request starts from the empty state (one-shot, or a session at
+  // position 0): the begin token of a text prompt. It counts as a prefilled token.
+  std::optional<int32_t> bos_if_start;
   std::string session_id;  // empty: one-shot
   std::optional<int64_t> expected_position;
   int max_new_tokens = 256;

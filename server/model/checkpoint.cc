@@ -66,7 +66,8 @@ absl::Status CheckFinite(const TensorView& tensor) {
   size_t first = count;
   switch (WeightDType(tensor)) {
     case DType::kFloat32:
-      first = FirstNonFinite<uint32_t>(static_cast<const uint32_t*>(tensor.data), count, 0x7f800000u);
+      first =
+          FirstNonFinite<uint32_t>(static_cast<const uint32_t*>(tensor.data), count, 0x7f800000u);
       break;
     case DType::kBFloat16:
       first = FirstNonFinite<uint16_t>(static_cast<const uint16_t*>(tensor.data), count, 0x7f80u);
@@ -76,9 +77,9 @@ absl::Status CheckFinite(const TensorView& tensor) {
       break;
   }
   if (first == count) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("tensor ", tensor.name, ": expected finite values, found NaN or infinity at index ",
-                   first, " of ", count));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "tensor ", tensor.name, ": expected finite values, found NaN or infinity at index ", first,
+      " of ", count));
 }
 
 struct Record {
@@ -111,7 +112,8 @@ absl::StatusOr<std::map<std::string, std::vector<std::string>>> ReadIndex(const 
   GLA_ASSIGN_OR_RETURN(const std::string text, ReadModelFile(path, kMaxIndexBytes));
   absl::StatusOr<nlohmann::json> index = ParseJson(text, kMaxIndexValues);
   if (!index.ok()) return fail(index.status().message());
-  if (!index->is_object() || !index->contains("weight_map") || !(*index)["weight_map"].is_object()) {
+  if (!index->is_object() || !index->contains("weight_map") ||
+      !(*index)["weight_map"].is_object()) {
     return fail("expected an object with weight_map, an object of tensor and file names");
   }
   std::map<std::string, std::vector<std::string>> shards;
@@ -147,9 +149,9 @@ struct Checkpoint::Impl {
       const auto [it, added] =
           tensors.emplace(std::move(name), Record{std::move(view), files.size(), false, {}});
       if (!added) {
-        return absl::InvalidArgumentError(
-            absl::StrCat(opened.file.path(), ": tensor ", QuoteForMessage(it->first), " is also in ",
-                         files[it->second.file].path()));
+        return absl::InvalidArgumentError(absl::StrCat(opened.file.path(), ": tensor ",
+                                                       QuoteForMessage(it->first), " is also in ",
+                                                       files[it->second.file].path()));
       }
     }
     for (auto& [key, value] : opened.content.metadata) metadata.emplace(key, std::move(value));
@@ -181,8 +183,9 @@ struct Checkpoint::Impl {
     std::set_difference(found.begin(), found.end(), expected.begin(), expected.end(),
                         std::back_inserter(extra));
     if (!missing.empty()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          path, ": expected the tensors the index places here, found none of ", ListNames(missing)));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": expected the tensors the index places here, found none of ",
+                       ListNames(missing)));
     }
     if (!extra.empty()) {
       return absl::InvalidArgumentError(
@@ -228,19 +231,18 @@ absl::StatusOr<const TensorView*> Checkpoint::Weight(const std::string& name,
                                                      absl::Span<const int64_t> shape) {
   const auto it = impl_->tensors.find(name);
   if (it == impl_->tensors.end()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tensor ", name, ": expected shape ", ShapeText(shape), ", found no such tensor"));
+    return absl::InvalidArgumentError(absl::StrCat("tensor ", name, ": expected shape ",
+                                                   ShapeText(shape), ", found no such tensor"));
   }
   Record& record = it->second;
   TensorView& view = record.view;
   if (view.dtype_name != "F32" && view.dtype_name != "F16" && view.dtype_name != "BF16") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tensor ", name, ": expected dtype F32, F16 or BF16, found ", view.dtype_name));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tensor ", name, ": expected dtype F32, F16 or BF16, found ", view.dtype_name));
   }
   if (absl::MakeConstSpan(view.shape) != shape) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", name, ": expected shape ",
-                                                   ShapeText(shape), ", found ",
-                                                   ShapeText(view.shape)));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tensor ", name, ": expected shape ", ShapeText(shape), ", found ", ShapeText(view.shape)));
   }
   const MappedFile& file = impl_->files[record.file];
   GLA_RETURN_IF_ERROR(file.CheckUnchanged());

@@ -73,9 +73,9 @@ absl::StatusOr<std::string> ResolveBelow(const std::string& folder, std::string_
   GLA_ASSIGN_OR_RETURN(const std::string root, RealPath(folder));
   GLA_ASSIGN_OR_RETURN(std::string path, RealPath(absl::StrCat(folder, "/", std::string(name))));
   if (!absl::StartsWith(path, root == "/" ? root : root + "/")) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(folder, "/", std::string(name), ": a symbolic link out of the model folder (to ",
-                     path, "); only files below the folder are read: copy it there"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        folder, "/", std::string(name), ": a symbolic link out of the model folder (to ", path,
+        "); only files below the folder are read: copy it there"));
   }
   return path;
 }
@@ -147,7 +147,8 @@ absl::Status MappedFile::CheckUnchanged() const {
   if (fstat(impl_->file.fd.get(), &now) != 0) return ErrnoError(impl_->path, "cannot stat");
   const struct stat& then = impl_->file.stat;
   if (now.st_size != then.st_size) {
-    return absl::InvalidArgumentError(absl::StrCat(impl_->path, ": changed while it was loaded: expected ",
+    return absl::InvalidArgumentError(absl::StrCat(impl_->path,
+                                                   ": changed while it was loaded: expected ",
                                                    then.st_size, " bytes, found ", now.st_size));
   }
   if (now.st_mtim.tv_sec != then.st_mtim.tv_sec || now.st_mtim.tv_nsec != then.st_mtim.tv_nsec) {

@@ -92,7 +92,8 @@ absl::StatusOr<Extent> ReadExtent(const json& value, const std::string& name) {
 absl::StatusOr<Entry> ReadEntry(const std::string& name, const json& fields) {
   if (!fields.is_object() || !fields.contains("dtype") || !fields.contains("shape") ||
       !fields.contains("data_offsets") || fields.size() != 3) {
-    return Malformed(TensorName(name), ": expected the fields dtype, shape and data_offsets, found ",
+    return Malformed(TensorName(name),
+                     ": expected the fields dtype, shape and data_offsets, found ",
                      DescribeJson(fields));
   }
   Entry entry;
@@ -110,8 +111,8 @@ absl::StatusOr<Entry> ReadEntry(const std::string& name, const json& fields) {
 
   uint64_t bytes = 0;
   if (!ByteCount(entry.view.shape, known->bytes, &bytes)) {
-    return Malformed(TensorName(name), ": the size of shape [", absl::StrJoin(entry.view.shape, ", "),
-                     "] overflows");
+    return Malformed(TensorName(name), ": the size of shape [",
+                     absl::StrJoin(entry.view.shape, ", "), "] overflows");
   }
   if (bytes != entry.extent.end - entry.extent.begin) {
     return Malformed(TensorName(name), ": expected ", bytes, " bytes for ", entry.view.dtype_name,
@@ -142,10 +143,10 @@ absl::Status CheckContiguous(const std::vector<Entry>& entries, uint64_t data_st
   uint64_t expected = 0;
   for (const Entry& entry : entries) {
     if (entry.extent.begin != expected) {
-      return Malformed(TensorName(entry.view.name), ": expected its data to begin at ", expected,
-                       ", found ", entry.extent.begin,
-                       entry.extent.begin < expected ? " (overlaps the tensor before it)"
-                                                     : " (leaves a hole)");
+      return Malformed(
+          TensorName(entry.view.name), ": expected its data to begin at ", expected, ", found ",
+          entry.extent.begin,
+          entry.extent.begin < expected ? " (overlaps the tensor before it)" : " (leaves a hole)");
     }
     expected = entry.extent.end;
   }

@@ -16,9 +16,9 @@ struct Safetensors {
   absl::flat_hash_map<std::string, std::string> metadata;  // "__metadata__"
 };
 
-// Parses a whole file. InvalidArgument names the tensor, what was expected and what was found. At most
-// 100,000 tensors of at most 8 dimensions; an unknown dtype, a field that is not the format's, or a
-// name given twice is refused.
+// Parses a whole file. InvalidArgument names the tensor, what was expected and what was found. At
+// most 100,000 tensors of at most 8 dimensions; an unknown dtype, a field that is not the format's,
+// or a name given twice is refused.
 absl::StatusOr<Safetensors> ParseSafetensors(std::string_view file);
 
 }  // namespace gla

@@ -10,9 +10,10 @@
 
 namespace gla {
 
-// The value of `text`, or InvalidArgument that says what is wrong and where. Unlike the library's own
-// parse, a name twice in one object is refused (not silently the last), nesting is at most 32 deep,
-// and parsing stops at `max_values` values, so time and memory stay proportional to the limits.
+// The value of `text`, or InvalidArgument that says what is wrong and where. Unlike the library's
+// own parse, a name twice in one object is refused (not silently the last), nesting is at most 32
+// deep, and parsing stops at `max_values` values, so time and memory stay proportional to the
+// limits.
 absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, size_t max_values);
 
 // A name or value from a file, fit for a message: quoted, escaped and cut when long.

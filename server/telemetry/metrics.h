@@ -25,6 +25,7 @@ struct StaticFacts {
 class Metrics {
  public:
   explicit Metrics(const StaticFacts& facts);
+  ~Metrics();
 
   // Exposition format 0.0.4 of everything; process gauges (memory, descriptors, threads, uptime)
   // are refreshed here.

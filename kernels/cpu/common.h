@@ -1,0 +1,83 @@
+// What the files of the CPU backend share: checks, bfloat16, the device's inside.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <unordered_map>
+
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/device.h"
+
+// Aborts with file, line and expression: a violated REQUIRES of kernels.h.
+#define GLA_CHECK(condition)                                                               \
+  do {                                                                                     \
+    if (!(condition)) {                                                                    \
+      std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition);   \
+      std::abort();                                                                        \
+    }                                                                                      \
+  } while (false)
+
+namespace gla {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+static_assert(sizeof(BFloat16) == 2);
+
+inline float ToFloat(float x) { return x; }
+inline float ToFloat(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+template <typename T>
+T FromFloat(float x);
+template <>
+inline float FromFloat<float>(float x) {
+  return x;
+}
+template <>
+inline BFloat16 FromFloat<BFloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = std::isnan(x) ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1);
+  return {static_cast<uint16_t>(rounded >> 16)};
+}
+
+// Calls f.template operator()<T>() with the C++ type of an activation dtype.
+template <typename F>
+void WithActType(DType dtype, const F& f) {
+  GLA_CHECK(dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+  if (dtype == DType::kFloat32) {
+    f.template operator()<float>();
+  } else {
+    f.template operator()<BFloat16>();
+  }
+}
+
+struct Device::Impl {
+  explicit Impl(int num_threads) : pool(num_threads) {}
+
+  ThreadPool pool;
+  std::string name;
+  bool poison = false;
+  size_t memory_total = 0;
+  size_t allocated = 0;
+  std::unordered_map<void*, size_t> sizes;  // of what Allocate() gave
+};
+
+// f(begin, end) over [0, n), shared among the device's threads when it is worth it.
+template <typename F>
+void ParallelFor(Device& device, int64_t n, double item_ns, const F& f) {
+  device.impl().pool.ParallelFor(n, item_ns, f);
+}
+
+// Rough costs for `item_ns`, of one element.
+inline constexpr double kCopyNs = 0.1;   // load, a few operations, store
+inline constexpr double kExpNs = 0.5;    // with an exponential
+inline constexpr double kMulAddNs = 0.05;
+
+}  // namespace gla
