@@ -246,7 +246,7 @@ absl::StatusOr<const TensorView*> Checkpoint::Weight(const std::string& name,
   }
   const MappedFile& file = impl_->files[record.file];
   GLA_RETURN_IF_ERROR(file.CheckUnchanged());
-  if (reinterpret_cast<uintptr_t>(view.data) % SizeOf(WeightDType(view)) != 0) {
+  if (view.bytes > 0 && reinterpret_cast<uintptr_t>(view.data) % SizeOf(WeightDType(view)) != 0) {
     record.aligned_copy.resize((view.bytes + 3) / 4);
     std::memcpy(record.aligned_copy.data(), view.data, view.bytes);
     view.data = record.aligned_copy.data();

@@ -3,8 +3,14 @@
 // Accepts `model.safetensors`, or `model.safetensors.index.json` with its shards. The files are
 // hostile input: header length, JSON, every offset, shape product and dtype are checked with
 // overflow-safe arithmetic against the file size (the rules of the safetensors format: header at
-// most 100 MB, offsets contiguous without overlap or hole), before any tensor can be found.
-// Const after Open(); any thread may read.
+// most 100 MB, offsets contiguous without overlap or hole), before any tensor can be found. Only
+// files below the folder are read, by plain names and not through links that lead out of it.
+//
+// A file that others cut, extend or rewrite after Open() makes Weight() or CheckAllUsed() fail:
+// call the latter last, when all data was copied. Only a cut in the very moment of reading cannot
+// be answered (the kernel sends SIGBUS).
+//
+// Const after Open(), but for Weight(); any thread may read.
 #pragma once
 
 #include <cstdint>
@@ -46,11 +52,13 @@ class Checkpoint {
   // that says which tensor, what was expected and what was found. Marks the tensor as used.
   absl::StatusOr<const TensorView*> Weight(const std::string& name,
                                            absl::Span<const int64_t> shape);
-  // Error naming the tensors that no Weight() call asked for (misspelt or not supported).
+  // Error naming the first tensors that no Weight() call asked for (misspelt or not supported) and
+  // their count, or a file that has changed since Open().
   absl::Status CheckAllUsed() const;
 
-  std::vector<std::string> names() const;                                 // sorted
-  const absl::flat_hash_map<std::string, std::string>& metadata() const;  // "__metadata__"
+  std::vector<std::string> names() const;  // sorted
+  // "__metadata__", of all shards.
+  const absl::flat_hash_map<std::string, std::string>& metadata() const;
 
  private:
   struct Impl;

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "model/config_reader.h"
 #include "model/model_file.h"
 #include "model/strict_json.h"
 
@@ -30,7 +30,6 @@ constexpr double kMaxExpand = 16;
 constexpr double kMaxHiddenRatio = 64;
 constexpr int kMaxConvSize = 8;        // of the ShortConv kernel
 constexpr int kMaxRetNetKeyDim = 256;  // fla's own limit
-constexpr size_t kMaxEosTokens = 64;
 
 // What fla's configuration classes fill in for a key that is absent.
 struct Defaults {
@@ -110,124 +109,7 @@ constexpr std::string_view kIgnoredKeys[] = {
     "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty",
     "suppress_tokens", "temperature", "top_k", "top_p", "typical_p"};
 
-// Reads typed values out of the config's object. The first wrong one is kept as the error and every
-// later read answers its default, so that reading needs no check after each key.
-class Reader {
- public:
-  explicit Reader(const json& object) : object_(object) {}
-
-  const absl::Status& status() const { return status_; }
-
-  void Fail(std::string_view key, std::string_view expected, std::string_view got) {
-    if (!status_.ok()) return;
-    status_ = absl::InvalidArgumentError(absl::StrCat(
-        std::string(key), ": expected ", std::string(expected), ", got ", std::string(got)));
-  }
-  void Fail(std::string_view key, std::string_view expected) {
-    const json* value = Take(key);
-    Fail(key, expected, value == nullptr ? "nothing" : DescribeJson(*value));
-  }
-
-  // The value, or null when the key is absent. Marks the key as known.
-  const json* Take(std::string_view key) {
-    known_.insert(key);
-    const auto it = object_.find(std::string(key));
-    return it == object_.end() ? nullptr : &*it;
-  }
-
-  int Int(std::string_view key, int absent, int min, int max) {
-    const json* value = Take(key);
-    if (value == nullptr) return absent;
-    if (const std::optional<int> number = InRange(*value, min, max)) return *number;
-    Fail(key, absl::StrCat("an integer from ", min, " to ", max), DescribeJson(*value));
-    return absent;
-  }
-  // Nothing when absent or null.
-  std::optional<int> OptionalInt(std::string_view key, int min, int max) {
-    if (IsAbsentOrNull(key)) return std::nullopt;
-    return Int(key, min, min, max);
-  }
-  double Number(std::string_view key, double absent, double min, double max) {
-    const json* value = Take(key);
-    if (value == nullptr) return absent;
-    if (value->is_number()) {
-      const double number = value->get<double>();
-      if (number >= min && number <= max) return number;
-    }
-    Fail(key, absl::StrCat("a number from ", min, " to ", max), DescribeJson(*value));
-    return absent;
-  }
-  std::optional<double> OptionalNumber(std::string_view key, double min, double max) {
-    if (IsAbsentOrNull(key)) return std::nullopt;
-    return Number(key, min, min, max);
-  }
-  bool Bool(std::string_view key, bool absent) {
-    const json* value = Take(key);
-    if (value == nullptr) return absent;
-    if (value->is_boolean()) return value->get<bool>();
-    Fail(key, "true or false", DescribeJson(*value));
-    return absent;
-  }
-  bool IsAbsentOrNull(std::string_view key) {
-    const json* value = Take(key);
-    return value == nullptr || value->is_null();
-  }
-  // An int, a list of ints, null (none), or `absent` when the key is.
-  std::vector<int> TokenIds(std::string_view key, int absent, int vocab_size) {
-    const json* value = Take(key);
-    if (value == nullptr)
-      return absent < vocab_size ? std::vector<int>{absent} : std::vector<int>{};
-    if (value->is_null()) return {};
-    std::vector<int> ids;
-    const json list = value->is_array() ? *value : json::array({*value});
-    for (const json& item : list) {
-      const std::optional<int> id = InRange(item, 0, vocab_size - 1);
-      if (!id.has_value() || ids.size() == kMaxEosTokens) {
-        Fail(key,
-             absl::StrCat("a token id below vocab_size (", vocab_size,
-                          "), a short list of such, or null"),
-             DescribeJson(*value));
-        return {};
-      }
-      ids.push_back(*id);
-    }
-    return ids;
-  }
-  // A key that may be absent but has only one value that we compute.
-  void Only(std::string_view key, const json& allowed, std::string_view why) {
-    const json* value = Take(key);
-    if (value == nullptr || *value == allowed) return;
-    Fail(key, absl::StrCat(allowed.dump(), " (", std::string(why), ")"), DescribeJson(*value));
-  }
-
-  absl::Status Finish() {
-    for (const std::string_view key : kIgnoredKeys) known_.insert(key);
-    for (const auto& [key, value] : object_.items()) {
-      if (!status_.ok()) break;
-      if (known_.count(key) > 0) continue;
-      status_ = absl::InvalidArgumentError(
-          absl::StrCat(QuoteForMessage(key), ": unknown key (", DescribeJson(value),
-                       "); it may change what the model computes, so it is not ignored"));
-    }
-    return status_;
-  }
-
- private:
-  static std::optional<int> InRange(const json& value, int min, int max) {
-    if (!value.is_number_integer()) return std::nullopt;
-    // An unsigned value above 2^63 would come out negative as int64.
-    if (value.is_number_unsigned() && value.get<uint64_t>() > INT32_MAX) return std::nullopt;
-    const int64_t number = value.get<int64_t>();
-    if (number < min || number > max) return std::nullopt;
-    return static_cast<int>(number);
-  }
-
-  const json& object_;
-  std::set<std::string_view, std::less<>> known_;
-  absl::Status status_;
-};
-
-void RefuseUnsupported(Reader& reader, ModelFamily family) {
+void RefuseUnsupported(ConfigReader& reader, ModelFamily family) {
   reader.Only("attn", nullptr, "hybrid models with softmax attention layers are not supported");
   reader.Only("attnres_block_size", nullptr, "attention residuals are not supported");
   reader.Only("hidden_act", "swish", "other activations are not supported");
@@ -246,7 +128,7 @@ void RefuseUnsupported(Reader& reader, ModelFamily family) {
   reader.Only("gate_low_rank_dim", 16, "another value is not supported");
 }
 
-QkMap ReadFeatureMap(Reader& reader, ModelFamily family) {
+QkMap ReadFeatureMap(ConfigReader& reader, ModelFamily family) {
   const json* value = reader.Take("feature_map");
   const char* absent = DefaultsOf(family).feature_map;
   const json name = value != nullptr ? *value : absent != nullptr ? json(absent) : json(nullptr);
@@ -265,7 +147,8 @@ QkMap ReadFeatureMap(Reader& reader, ModelFamily family) {
 }
 
 // `hidden_size * expand`, which must be an integer that the heads divide.
-int ProjectedDim(Reader& reader, std::string_view key, double absent, const ModelConfig& config) {
+int ProjectedDim(ConfigReader& reader, std::string_view key, double absent,
+                 const ModelConfig& config) {
   const double expand = reader.Number(key, absent, 1e-6, kMaxExpand);
   const double exact = config.hidden_size * expand;
   const int dim = static_cast<int>(std::lround(exact));
@@ -282,7 +165,7 @@ int ProjectedDim(Reader& reader, std::string_view key, double absent, const Mode
   return dim;
 }
 
-void ReadHeads(Reader& reader, ModelConfig& config) {
+void ReadHeads(ConfigReader& reader, ModelConfig& config) {
   const Defaults defaults = DefaultsOf(config.family);
   config.num_heads = reader.Int("num_heads", defaults.num_heads, 1, kMaxHeads);
   config.num_kv_heads = reader.OptionalInt("num_kv_heads", 1, kMaxHeads).value_or(config.num_heads);
@@ -307,7 +190,7 @@ void ReadHeads(Reader& reader, ModelConfig& config) {
   }
 }
 
-void ReadMlp(Reader& reader, ModelConfig& config) {
+void ReadMlp(ConfigReader& reader, ModelConfig& config) {
   double ratio = DefaultsOf(config.family).hidden_ratio;
   if (const json* value = reader.Take("hidden_ratio"); value != nullptr) {
     // The MLP has a default of its own for a ratio that is null.
@@ -321,7 +204,7 @@ void ReadMlp(Reader& reader, ModelConfig& config) {
   config.intermediate_size = 256 * std::max((wanted + 255) / 256, 1);
 }
 
-void ReadTokens(Reader& reader, ModelConfig& config) {
+void ReadTokens(ConfigReader& reader, ModelConfig& config) {
   const std::vector<int> bos = reader.TokenIds("bos_token_id", 1, config.vocab_size);
   if (bos.size() > 1) reader.Fail("bos_token_id", "one token id or null");
   if (!bos.empty()) config.bos_token_id = bos[0];
@@ -329,7 +212,7 @@ void ReadTokens(Reader& reader, ModelConfig& config) {
   if (!config.eos_token_ids.empty()) config.eos_token_id = config.eos_token_ids[0];
 }
 
-void ReadGatesAndConvolution(Reader& reader, ModelConfig& config) {
+void ReadGatesAndConvolution(ConfigReader& reader, ModelConfig& config) {
   config.use_output_gate = reader.Bool("use_output_gate", true);
   config.use_short_conv = reader.Bool("use_short_conv", false);
   config.conv_size = reader.Int("conv_size", 4, 1, kMaxConvSize);
@@ -343,7 +226,7 @@ void ReadGatesAndConvolution(Reader& reader, ModelConfig& config) {
   }
 }
 
-void ReadLinearAttention(Reader& reader, ModelConfig& config) {
+void ReadLinearAttention(ConfigReader& reader, ModelConfig& config) {
   config.use_output_gate = false;
   config.tie_feature_map_qk = reader.Bool("tie_feature_map_qk", false);
   config.norm_q = reader.Bool("norm_q", false);
@@ -355,7 +238,7 @@ void ReadLinearAttention(Reader& reader, ModelConfig& config) {
   if (*norm != "identity") reader.Fail("output_norm", "\"rmsnorm\" or \"identity\"");
 }
 
-absl::StatusOr<ModelFamily> ReadFamily(Reader& reader) {
+absl::StatusOr<ModelFamily> ReadFamily(ConfigReader& reader) {
   const json* type = reader.Take("model_type");
   std::vector<std::string> names;
   for (const ModelFamily family :
@@ -388,7 +271,7 @@ absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {
     return absl::InvalidArgumentError(
         absl::StrCat("expected a JSON object, got ", DescribeJson(object)));
   }
-  Reader reader(object);
+  ConfigReader reader(object);
   ModelConfig config;
   GLA_ASSIGN_OR_RETURN(config.family, ReadFamily(reader));
   RefuseUnsupported(reader, config.family);
@@ -418,7 +301,7 @@ absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {
       config.clamp_min = static_cast<float>(*clamp);
     }
   }
-  GLA_RETURN_IF_ERROR(reader.Finish());
+  GLA_RETURN_IF_ERROR(reader.Finish(kIgnoredKeys));
   return config;
 }
 

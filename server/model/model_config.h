@@ -58,9 +58,9 @@ struct ModelConfig {
   float gate_logit_normalizer = 16.0f;  // gla
   int gate_low_rank_dim = 16;           // gla
   int bos_token_id = -1;                // -1: none
-  int eos_token_id = -1;                       // the first of eos_token_ids
-  std::vector<int> eos_token_ids;              // any of them ends a text; may be empty
-  int max_position_embeddings = 0;  // informative; a state has no length
+  int eos_token_id = -1;                // the first of eos_token_ids
+  std::vector<int> eos_token_ids;       // any of them ends a text; may be empty
+  int max_position_embeddings = 0;      // informative; a state has no length
 
   // Parses and validates. InvalidArgument names the key, what was expected and what was found; what
   // is not supported (hybrid attn layers, attnres_block_size, use_gv, an unknown model_type or key
