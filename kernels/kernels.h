@@ -154,6 +154,9 @@ struct RotaryArgs {
   int rows, heads, dim;
   int64_t x_stride;
   float base = 10000.0f;
+  // Round each base^(-2 i / K) to bfloat16: what fla computes after a model was cast to bfloat16 and
+  // back to float32 (the cast rounds its table too).
+  bool bfloat16_frequencies = false;
   DType dtype;
 };
 void Rotary(Device& device, const RotaryArgs& args);
@@ -240,7 +243,21 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
 // ---- From logits to tokens ----------------------------------------------------------------------
 
 // Sampling of one row. Applied in this order (as vLLM does): logit bias; repetition, then presence
-// and frequency penalties; temperature; top-k; top-p; min-p; draw.
+// and frequency penalties; temperature; top-k; top-p; min-p; draw. Both backends implement exactly:
+//   l_i    the logit; of an adjusted token: + bias; then, when seen, / repetition_penalty if positive,
+//          else * repetition_penalty; then - frequency_penalty * generated_count, and
+//          - presence_penalty when generated_count > 0.
+//          The row is invalid (token -1) when an l_i is NaN or +inf, or all are -inf.
+//   order  likelier = larger l_i, on a tie the lower id. Greedy takes the likeliest.
+//   e_i    exp((l_i - max l) / temperature), float32; the likeliest has e = 1.
+//   top-k  keeps the k likeliest.
+//   top-p  of those, the shortest run of likeliest tokens whose sum of e is >= top_p times the sum of
+//          those; the token that reaches it is kept, and the likeliest always.
+//   min-p  of those, the tokens with e_i >= min_p.
+//   draw   u in [0, 1): word 0 of Philox4x32-10 (Salmon et al. 2011), 10 rounds, with key words
+//          (low, high) of `seed` and counter words (low, high) of `counter`, 0, 0; times 2^-32. The
+//          token is the first, in the order of ids, at which the running sum of the kept e_i is
+//          > u * (sum of the kept e_i); the last kept one with e > 0 should rounding leave none.
 struct SampleRow {
   float temperature = 0;         // 0: greedy (the largest logit, lowest id on a tie)
   int32_t top_k = 0;             // 0: off

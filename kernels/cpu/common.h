@@ -13,12 +13,12 @@
 #include "kernels/device.h"
 
 // Aborts with file, line and expression: a violated REQUIRES of kernels.h.
-#define GLA_CHECK(condition)                                                               \
-  do {                                                                                     \
-    if (!(condition)) {                                                                    \
-      std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition);   \
-      std::abort();                                                                        \
-    }                                                                                      \
+#define GLA_CHECK(condition)                                                             \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                      \
+    }                                                                                    \
   } while (false)
 
 namespace gla {
@@ -31,6 +31,20 @@ static_assert(sizeof(BFloat16) == 2);
 inline float ToFloat(float x) { return x; }
 inline float ToFloat(BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+struct Float16 {
+  uint16_t bits;
+};
+inline float ToFloat(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 31, mantissa = x.bits & 0x3FF;
+  if (exponent == 0) {  // zero and subnormal
+    const float value = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign != 0 ? -value : value;
+  }
+  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
+  return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
@@ -58,6 +72,16 @@ void WithActType(DType dtype, const F& f) {
   }
 }
 
+// As WithActType, for a tensor as checkpoints store it.
+template <typename F>
+void WithStoredType(DType dtype, const F& f) {
+  if (dtype == DType::kFloat16) {
+    f.template operator()<Float16>();
+  } else {
+    WithActType(dtype, f);
+  }
+}
+
 struct Device::Impl {
   explicit Impl(int num_threads) : pool(num_threads) {}
 
@@ -76,8 +100,8 @@ void ParallelFor(Device& device, int64_t n, double item_ns, const F& f) {
 }
 
 // Rough costs for `item_ns`, of one element.
-inline constexpr double kCopyNs = 0.1;   // load, a few operations, store
-inline constexpr double kExpNs = 0.5;    // with an exponential
+inline constexpr double kCopyNs = 0.1;  // load, a few operations, store
+inline constexpr double kExpNs = 0.8;   // with an exponential
 inline constexpr double kMulAddNs = 0.05;
 
 }  // namespace gla

@@ -133,8 +133,8 @@ void ThreadPool::Run(int num_chunks, void* context, Task task) {
   round_.notify_all();
   while (RunOneChunk()) {
   }
-  for (uint32_t done; (done = num_done_.load(std::memory_order_acquire)) !=
-                      static_cast<uint32_t>(num_chunks);) {
+  for (uint32_t done;
+       (done = num_done_.load(std::memory_order_acquire)) != static_cast<uint32_t>(num_chunks);) {
     WaitWhileEqual(num_done_, done);
   }
 }
@@ -160,12 +160,11 @@ std::unique_ptr<Device> Device::Open(const DeviceOptions& options, std::string* 
     return nullptr;
   }
   if (options.num_threads < 0 || options.num_threads > 1024) {
-    *error = "threads: expected 0 (one per core) to 1024, got " +
-             std::to_string(options.num_threads);
+    *error =
+        "threads: expected 0 (one per core) to 1024, got " + std::to_string(options.num_threads);
     return nullptr;
   }
-  auto impl =
-      std::make_unique<Impl>(options.num_threads > 0 ? options.num_threads : UsableCores());
+  auto impl = std::make_unique<Impl>(options.num_threads > 0 ? options.num_threads : UsableCores());
   impl->poison = options.poison;
   impl->name = ProcValue("/proc/cpuinfo", "model name");
   if (impl->name.empty()) impl->name = "CPU";
@@ -174,8 +173,8 @@ std::unique_ptr<Device> Device::Open(const DeviceOptions& options, std::string* 
 }
 
 void* Device::Allocate(size_t bytes) {
-  // The system hands out more than it has and ends the process later, so the limit is kept here. The
-  // pages themselves are committed as they are touched: an unused state slot costs nothing.
+  // The system hands out more than it has and ends the process later, so the limit is kept here.
+  // The pages themselves are committed as they are touched: an unused state slot costs nothing.
   const size_t limit = impl_->memory_total - std::min(impl_->memory_total, impl_->allocated);
   if (bytes > limit) return nullptr;
   const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;

@@ -1,13 +1,13 @@
 // y = x W^T, for one row as for many.
 //
-// Every output element is one chain of fused multiply-adds over k = 0, 1, 2, ... in float32, whatever
-// the tile that computes it. So its bits depend on its row and its weights alone: not on the number of
-// rows, the row's place, the number of threads. No library offers that together with bfloat16 weights
-// under float32 activations on AVX2 (see kernels/README.md).
+// Every output element is one chain of fused multiply-adds over k = 0, 1, 2, ... in float32,
+// whatever the tile that computes it. So its bits depend on its row and its weights alone: not on
+// the number of rows, the row's place, the number of threads. No library offers that together with
+// bfloat16 weights under float32 activations on AVX2 (see kernels/README.md).
 //
-// Packed weight: panels of 2 * L outputs (L: float32 lanes of a vector), zero-padded at the end; inside
-// a panel, k-major. bfloat16: for each k, L words of 32 bits, word i holding output i in its low and
-// output L + i in its high half: one load, a shift and a mask give two vectors of float32.
+// Packed weight: panels of 2 * L outputs (L: float32 lanes of a vector), zero-padded at the end;
+// inside a panel, k-major. bfloat16: for each k, L words of 32 bits, word i holding output i in its
+// low and output L + i in its high half: one load, a shift and a mask give two vectors of float32.
 // float32: for each k, the 2 * L values in order.
 #include "kernels/cpu/simd_targets.h"
 
@@ -16,7 +16,7 @@
 #include "hwy/foreach_target.h"
 // After foreach_target.h
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/cpu/common.h"
@@ -61,7 +61,8 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY
   for (int k = 0; k < in; ++k) {
     V w0[kPanels], w1[kPanels];
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) LoadPair(d, panels + p * panel_size + k * width, w0[p], w1[p]);
+    for (int p = 0; p < kPanels; ++p)
+      LoadPair(d, panels + p * panel_size + k * width, w0[p], w1[p]);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V xk = hn::Set(d, x[r * x_stride + k]);
@@ -190,45 +191,23 @@ HWY_EXPORT(MatmulRows);
 
 namespace {
 
-float HalfToFloat(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 31, mantissa = half & 0x3FF;
-  if (exponent == 0) {  // zero and subnormal
-    const float value = std::ldexp(static_cast<float>(mantissa), -24);
-    return sign != 0 ? -value : value;
-  }
-  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
-  return std::bit_cast<float>(sign | wide << 23 | mantissa << 13);
-}
-
 void RowToFloat(const HostMatrix& block, int row, float* to) {
-  const size_t begin = static_cast<size_t>(row) * block.cols;
-  switch (block.dtype) {
-    case DType::kFloat32:
-      std::memcpy(to, static_cast<const float*>(block.data) + begin, sizeof(float) * block.cols);
-      break;
-    case DType::kBFloat16:
-      for (int i = 0; i < block.cols; ++i) {
-        to[i] = ToFloat(static_cast<const BFloat16*>(block.data)[begin + i]);
-      }
-      break;
-    case DType::kFloat16:
-      for (int i = 0; i < block.cols; ++i) {
-        to[i] = HalfToFloat(static_cast<const uint16_t*>(block.data)[begin + i]);
-      }
-      break;
-  }
+  WithStoredType(block.dtype, [&]<typename T>() {
+    const T* from = static_cast<const T*>(block.data) + static_cast<size_t>(row) * block.cols;
+    for (int i = 0; i < block.cols; ++i) to[i] = ToFloat(from[i]);
+  });
 }
 
-// `rows`: the panel's outputs [width, in] in order. Element (k, i) of the packed panel is output i; as
-// bfloat16, the two halves of a panel alternate (see the head of the file).
+// `rows`: the panel's outputs [width, in] in order. Element (k, i) of the packed panel is output i;
+// as bfloat16, the two halves of a panel alternate (see the head of the file).
 template <typename W>
 void PackPanel(const std::vector<float>& rows, int width, int in, W* panel) {
   for (int i = 0; i < width; ++i) {
     const int half = width / 2;
     const int place = std::is_same_v<W, float> ? i : i < half ? 2 * i : 2 * (i - half) + 1;
     const float* row = rows.data() + static_cast<size_t>(i) * in;
-    for (int k = 0; k < in; ++k) panel[static_cast<size_t>(k) * width + place] = FromFloat<W>(row[k]);
+    for (int k = 0; k < in; ++k)
+      panel[static_cast<size_t>(k) * width + place] = FromFloat<W>(row[k]);
   }
 }
 
@@ -292,8 +271,8 @@ void Matmul(Device& device, const MatmulArgs& a) {
                 while (begin < end) {
                   const int block = static_cast<int>(begin / num_groups);
                   const int group0 = static_cast<int>(begin % num_groups);
-                  const int group1 = static_cast<int>(
-                      std::min<int64_t>(num_groups, group0 + (end - begin)));
+                  const int group1 =
+                      static_cast<int>(std::min<int64_t>(num_groups, group0 + (end - begin)));
                   const int row0 = static_cast<int>(int64_t{a.rows} * block / num_blocks);
                   const int row1 = static_cast<int>(int64_t{a.rows} * (block + 1) / num_blocks);
                   HWY_DYNAMIC_DISPATCH(MatmulRows)

@@ -1,8 +1,8 @@
 // Vector helpers of the CPU kernels, compiled once per instruction set.
 //
 // A kernel file includes Highway's foreach_target.h and then this header; what stands between
-// HWY_BEFORE_NAMESPACE and HWY_AFTER_NAMESPACE is compiled for each instruction set, and the best one
-// the machine has is chosen at the first call.
+// HWY_BEFORE_NAMESPACE and HWY_AFTER_NAMESPACE is compiled for each instruction set, and the best
+// one the machine has is chosen at the first call.
 
 // The usual guard, once per instruction set.
 #if defined(GLA_KERNELS_CPU_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -101,9 +101,8 @@ HWY_INLINE void AddScaled(float factor, const float* x, float* y, size_t n) {
 
 template <class A, class B>
 HWY_INLINE void Convert(const A* from, B* to, size_t n) {
-  ForVectors(n, [=](auto d, size_t i) HWY_ATTR {
-    StoreFloats(d, LoadFloats(d, from + i), to + i);
-  });
+  ForVectors(n,
+             [=](auto d, size_t i) HWY_ATTR { StoreFloats(d, LoadFloats(d, from + i), to + i); });
 }
 
 // exp(x) for x <= 0 or NaN; 0 below what float32 holds.

@@ -1,8 +1,8 @@
 // The threads that compute, and the one way work is given to them.
 //
-// Work is cut into chunks that whoever is free takes next, so a thread that the system has put aside
-// (the server's own threads share the cores) delays only the chunk it holds. Which thread computes
-// a chunk never changes a result: no kernel reduces across chunks.
+// Work is cut into chunks that whoever is free takes next, so a thread that the system has put
+// aside (the server's own threads share the cores) delays only the chunk it holds. Which thread
+// computes a chunk never changes a result: no kernel reduces across chunks.
 #pragma once
 
 #include <algorithm>

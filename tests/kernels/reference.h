@@ -1,0 +1,180 @@
+// Naive double-precision definitions of the kernels: the judge of every backend.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace gla::reference {
+
+using Doubles = std::vector<double>;
+
+inline double Sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+inline double Silu(double x) { return x * Sigmoid(x); }
+
+// [rows, in] x [out, in]^T
+inline Doubles Matmul(const std::vector<float>& x, const std::vector<float>& w, int rows, int in,
+                      int out) {
+  Doubles y(static_cast<size_t>(rows) * out);
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < out; ++n) {
+      double sum = 0;
+      for (int k = 0; k < in; ++k) {
+        sum += static_cast<double>(x[static_cast<size_t>(r) * in + k]) *
+               w[static_cast<size_t>(n) * in + k];
+      }
+      y[static_cast<size_t>(r) * out + n] = sum;
+    }
+  }
+  return y;
+}
+
+// One head of a feature map.
+inline Doubles Map(FeatureMap map, const Doubles& x, const Doubles& x2, bool normalize) {
+  const size_t n = x.size();
+  Doubles y(n);
+  for (size_t i = 0; i < n; ++i) {
+    const double v = x[i], relu = std::max(v, 0.0);
+    const double u = 0.7978845608028654 * v * (1 + 0.044715 * v * v);
+    switch (map) {
+      case FeatureMap::kIdentity:
+        y[i] = v;
+        break;
+      case FeatureMap::kRelu:
+        y[i] = relu;
+        break;
+      case FeatureMap::kElu:
+        y[i] = v > 0 ? v + 1 : std::exp(v);
+        break;
+      case FeatureMap::kSilu:
+        y[i] = Silu(v);
+        break;
+      case FeatureMap::kSigmoid:
+        y[i] = Sigmoid(v);
+        break;
+      case FeatureMap::kSquaredRelu:
+        y[i] = relu * relu;
+        break;
+      case FeatureMap::kGelu:
+        y[i] = 0.5 * v * (1 + std::tanh(u));
+        break;
+      case FeatureMap::kProduct:
+        y[i] = v * x2[i];
+        break;
+      case FeatureMap::kSoftmax2:
+      case FeatureMap::kDpfp:
+        break;
+    }
+  }
+  if (map == FeatureMap::kSoftmax2) {
+    y.resize(2 * n);
+    double largest = 0, sum = 0;
+    for (double v : x) largest = std::max(largest, 2 * std::abs(v));
+    for (size_t i = 0; i < 2 * n; ++i) {
+      y[i] = std::exp((i < n ? 2 * x[i] : -2 * x[i - n]) - largest);
+      sum += y[i];
+    }
+    for (double& v : y) v /= sum;
+  } else if (map == FeatureMap::kDpfp) {
+    Doubles both(2 * n);
+    for (size_t i = 0; i < n; ++i)
+      both[i] = std::max(x[i], 0.0), both[n + i] = std::max(-x[i], 0.0);
+    y.clear();
+    for (size_t roll = 1; roll <= 4; ++roll) {
+      for (size_t i = 0; i < 2 * n; ++i) y.push_back(both[i] * both[(i + 2 * n - roll) % (2 * n)]);
+    }
+  }
+  if (normalize) {
+    const double sum = std::accumulate(y.begin(), y.end(), 0.0) + 1e-4;
+    for (double& v : y) v /= sum;
+  }
+  return y;
+}
+
+// The recurrence of one query head: S = diag(exp(gate)) S + k v^T, o = scale q S. `row(t)` gives
+// the pointers of token t; `gates` gives K log decays or is empty.
+struct HeadRow {
+  const float *q, *k, *v;
+  Doubles gates;
+};
+struct HeadResult {
+  Doubles o;        // [len, V]
+  Doubles state;    // [K, V]
+  Doubles key_sum;  // [K]
+};
+inline HeadResult LinearAttention(int len, int K, int V, double scale, bool normalize,
+                                  Doubles state, Doubles key_sum,
+                                  const std::function<HeadRow(int)>& row) {
+  Doubles o(static_cast<size_t>(len) * V, 0.0);
+  for (int t = 0; t < len; ++t) {
+    const HeadRow in = row(t);
+    double denominator = 1e-10;
+    for (int i = 0; i < K; ++i) {
+      const double decay = in.gates.empty() ? 1.0 : std::exp(in.gates[i]);
+      const double q = scale * in.q[i], k = in.k[i];
+      key_sum[i] += k;
+      denominator += q * key_sum[i];
+      double* s = state.data() + static_cast<size_t>(i) * V;
+      for (int j = 0; j < V; ++j) {
+        s[j] = s[j] * decay + k * in.v[j];
+        o[static_cast<size_t>(t) * V + j] += q * s[j];
+      }
+    }
+    if (normalize) {
+      for (int j = 0; j < V; ++j) o[static_cast<size_t>(t) * V + j] /= denominator;
+    }
+  }
+  return {std::move(o), std::move(state), std::move(key_sum)};
+}
+
+// Philox4x32-10 of counter (c0, c1, c2, c3) and key (k0, k1).
+struct PhiloxWords {
+  uint32_t w[4];
+};
+inline PhiloxWords Philox(PhiloxWords c, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t p0 = 0xD2511F53ull * c.w[0], p1 = 0xCD9E8D57ull * c.w[2];
+    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.w[1] ^ k0, static_cast<uint32_t>(p1),
+          static_cast<uint32_t>(p0 >> 32) ^ c.w[3] ^ k1, static_cast<uint32_t>(p0)}};
+  }
+  return c;
+}
+inline double PhiloxUniform(uint64_t seed, uint64_t counter) {
+  const PhiloxWords words =
+      Philox({{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0}},
+             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  return words.w[0] * 0x1p-32;
+}
+
+// Ids, likeliest first.
+inline std::vector<int> Ranked(const std::vector<float>& logits) {
+  std::vector<int> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+  return ids;
+}
+
+// The weight of every token that may be drawn; 0 for the others.
+inline Doubles Weights(const std::vector<float>& logits, const SampleRow& row) {
+  const std::vector<int> ids = Ranked(logits);
+  Doubles e(logits.size(), 0.0);
+  size_t kept = row.top_k > 0 ? std::min<size_t>(row.top_k, ids.size()) : ids.size();
+  double total = 0, sum = 0;
+  const auto weight = [&](int id) {
+    return std::exp((static_cast<double>(logits[id]) - logits[ids[0]]) / row.temperature);
+  };
+  for (size_t i = 0; i < kept; ++i) total += weight(ids[i]);
+  for (size_t i = 0; i < kept; ++i) {
+    if (i > 0 && row.top_p < 1 && sum >= row.top_p * total) break;
+    sum += weight(ids[i]);
+    if (weight(ids[i]) >= row.min_p) e[ids[i]] = weight(ids[i]);
+  }
+  return e;
+}
+
+}  // namespace gla::reference
