@@ -16,14 +16,15 @@
 namespace gla {
 namespace {
 
-// How one kind of value is read and shown. `parse` returns what was expected, or nothing when the text is good.
+// How one kind of value is read and shown. `parse` returns what was expected, or nothing when the
+// text is good.
 struct Binding {
   std::function<std::string(Config&, const std::string& text)> parse;
   std::function<std::string(const Config&)> show;
 };
 
 struct Flag {
-  std::string name;  // without the dashes
+  std::string name;   // without the dashes
   std::string value;  // what --help shows for it; empty: a switch
   std::string help;
   Binding binding;
@@ -154,7 +155,8 @@ const std::vector<Flag>& Flags() {
       {"max-num-seqs", "N", "requests that run in one step", Integer(&C::max_num_seqs, 1, 65536)},
       {"max-num-batched-tokens", "N", "tokens of one step",
        Integer(&C::max_num_batched_tokens, 1, 1 << 20)},
-      {"max-prefill-chunk", "N", "tokens of one prompt in one step, at most --max-num-batched-tokens",
+      {"max-prefill-chunk", "N",
+       "tokens of one prompt in one step, at most --max-num-batched-tokens",
        Integer(&C::max_prefill_chunk, 1, 1 << 20)},
       {"max-num-queued-reqs", "N", "requests that wait; more are RESOURCE_EXHAUSTED",
        Integer(&C::max_num_queued_reqs, 0, kMaxInt)},
@@ -208,11 +210,12 @@ absl::Status ApplyArgs(const std::vector<std::string>& args, Config& config) {
     const std::pair<std::string, std::string> parts =
         absl::StrSplit(args[i], absl::MaxSplits('=', 1));
     const bool has_value = args[i].find('=') != std::string::npos;
-    const Flag* flag =
-        parts.first.rfind("--", 0) == 0 ? FindFlag(std::string_view(parts.first).substr(2)) : nullptr;
+    const Flag* flag = parts.first.rfind("--", 0) == 0
+                           ? FindFlag(std::string_view(parts.first).substr(2))
+                           : nullptr;
     if (flag == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          args[i], ": expected a flag listed by --help, got \"", parts.first, "\""));
+      return absl::InvalidArgumentError(
+          absl::StrCat(args[i], ": expected a flag listed by --help, got \"", parts.first, "\""));
     }
     std::string text = parts.second;
     if (!flag->value.empty() && !has_value) {
@@ -232,17 +235,18 @@ absl::Status Check(const Config& config) {
     return absl::InvalidArgumentError("--model: expected a checkpoint folder, got none");
   }
   const auto at_least = [](const char* flag, int64_t value, const char* other, int64_t bound) {
-    return value >= bound ? absl::OkStatus()
-                          : absl::InvalidArgumentError(absl::StrCat(
-                                flag, ": expected at least ", other, " = ", bound, ", got ", value));
+    return value >= bound
+               ? absl::OkStatus()
+               : absl::InvalidArgumentError(absl::StrCat(flag, ": expected at least ", other, " = ",
+                                                         bound, ", got ", value));
   };
   GLA_RETURN_IF_ERROR(at_least("--max-num-batched-tokens", config.max_num_batched_tokens,
                                "--max-num-seqs", config.max_num_seqs));
   GLA_RETURN_IF_ERROR(at_least("--max-num-queued-tokens", config.max_num_queued_tokens,
                                "--max-prompt-tokens", config.max_prompt_tokens));
   if (config.port != 0 && config.port == config.http_port) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--http-port: expected another port than --port, got ", config.http_port));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--http-port: expected another port than --port, got ", config.http_port));
   }
   return absl::OkStatus();
 }
@@ -270,8 +274,9 @@ std::string HelpText() {
   const Config defaults;
   for (const Flag& flag : Flags()) {
     const std::string shown = flag.binding.show(defaults);
-    absl::StrAppend(&out, "  --", flag.name, flag.value.empty() ? "" : " ", flag.value, "\n        ",
-                    flag.help, shown.empty() ? "" : absl::StrCat(" (", shown, ")"), "\n");
+    absl::StrAppend(&out, "  --", flag.name, flag.value.empty() ? "" : " ", flag.value,
+                    "\n        ", flag.help, shown.empty() ? "" : absl::StrCat(" (default ", shown, ")"),
+                    "\n");
   }
   return out +
          "\nExit codes: 0 drained after SIGTERM or SIGINT, 2 configuration or checkpoint, 3 device "

@@ -1,8 +1,8 @@
 // Every knob of the server: its default, its meaning, its flag and its environment twin.
 //
-// `--max-num-seqs=64` or `--max-num-seqs 64` on the command line, GLA_MAX_NUM_SEQS=64 in the environment; the flag
-// wins over the environment, the environment over the default. The table in config.cc is the only
-// list of them: parsing, --help and the log line at start are made from it.
+// `--max-num-seqs=64` or `--max-num-seqs 64` on the command line, GLA_MAX_NUM_SEQS=64 in the
+// environment; the flag wins over the environment, the environment over the default. The table in
+// config.cc is the only list of them: parsing, --help and the log line at start are made from it.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Config {
   int max_prefill_chunk = 512;
   int max_num_queued_reqs = 256;
   int64_t max_num_queued_tokens = 1 << 20;
-  int64_t state_memory = 0;  // bytes; 0: auto
+  int64_t state_memory = 0;   // bytes; 0: auto
   int64_t session_ttl = 900;  // seconds; 0: sessions never expire
 
   // Limits of one request.

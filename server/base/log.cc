@@ -56,8 +56,7 @@ std::string ValueText(const LogField& field, LogFormat format) {
 
 std::string Logger::Format(LogFormat format, absl::Time time, std::string_view level,
                            std::string_view message, Fields fields) {
-  const std::string stamp =
-      absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", time, absl::UTCTimeZone());
+  const std::string stamp = absl::FormatTime("%Y-%m-%dT%H:%M:%E3SZ", time, absl::UTCTimeZone());
   std::string line;
   if (format == LogFormat::kJson) {
     absl::StrAppend(&line, "{\"time\":\"", stamp, "\",\"level\":\"", std::string(level),
@@ -82,7 +81,7 @@ void Logger::Write(std::string_view level, std::string_view message, Fields fiel
   bool written = false;
   if (line.size() <= kMaxLine) {
     // The lock keeps another thread from filling the pipe between the question and the write.
-    absl::MutexLock lock(&mu_);
+    MutexLock lock(&mu_);
     pollfd out = {.fd = fd_, .events = POLLOUT, .revents = 0};
     if (poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0) {
       written = write(fd_, line.data(), line.size()) == static_cast<ssize_t>(line.size());
@@ -95,7 +94,7 @@ void Logger::Limited(std::string_view source, std::string_view message) {
   const absl::Time now = absl::Now();
   int64_t left_out = 0;
   {
-    absl::MutexLock lock(&mu_);
+    MutexLock lock(&mu_);
     const auto [it, inserted] = limits_.try_emplace(std::string(source));
     Limit& limit = it->second;
     if (now < limit.next) {

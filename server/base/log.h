@@ -14,8 +14,8 @@
 #include <variant>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "base/mutex.h"
 
 namespace gla {
 
@@ -70,7 +70,7 @@ class Logger {
   const LogFormat format_;
   const int fd_;
   std::atomic<int64_t> num_dropped_ = 0;
-  absl::Mutex mu_;
+  Mutex mu_;
   std::map<std::string, Limit, std::less<>> limits_ ABSL_GUARDED_BY(mu_);
 };
 

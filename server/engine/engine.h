@@ -15,6 +15,7 @@
 // never starves a request and a request never evicts a session.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -26,6 +27,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "base/clock.h"
 #include "model/model.h"
 #include "model/tokenizer.h"
 #include "telemetry/metrics.h"
@@ -47,7 +49,7 @@ struct SamplingParams {
 
 struct GenerateParams {
   std::vector<int32_t>
-      prompt;              // at least one token, unless a session with position > 0 ... see Submit
+      prompt;  // at least one token, unless a session with position > 0 ... see Submit
   // Fed before the prompt when the request starts from the empty state (one-shot, or a session at
   // position 0): the begin token of a text prompt. It counts as a prefilled token.
   std::optional<int32_t> bos_if_start;
@@ -131,6 +133,7 @@ struct EngineOptions {
   int64_t num_slots = 0;                // state slots; > max_num_seqs
   int64_t default_session_ttl_seconds = 900;
   bool poison_freed_slots = false;  // tests: fill freed slots with NaN
+  Clock clock = [] { return std::chrono::steady_clock::now(); };  // tests move it by hand
 };
 
 using RequestId = uint64_t;

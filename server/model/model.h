@@ -21,12 +21,15 @@ enum class PrefillForm { kRecurrent, kChunkwise };
 struct ModelOptions {
   DType dtype = DType::kFloat32;  // activations: float32 or bfloat16. Weights are kept as bfloat16
                                   // when dtype is bfloat16 or the checkpoint is, else as float32.
-  int max_rows = 2048;       // T of the largest step; activations are allocated for it
-  int max_seqs = 64;         // N of the largest step
-  int max_logit_rows = 256;  // R of the largest step
+  int max_rows = 2048;            // T of the largest step; activations are allocated for it
+  int max_seqs = 64;              // N of the largest step
+  int max_logit_rows = 256;       // R of the largest step
   // How runs of more than one token are computed. kRecurrent: bits do not depend on how a text is
   // cut into steps and turns. kChunkwise: tiles of 64 tokens, faster on CUDA for long prompts.
   PrefillForm prefill_form = PrefillForm::kRecurrent;
+  // RetNet: rotary frequencies rounded to bfloat16, as in an fla model that was cast to bfloat16
+  // and back. False: exact, as in one that was loaded by from_pretrained.
+  bool rotary_bfloat16_frequencies = false;
 };
 
 class Model {
@@ -47,6 +50,8 @@ class Model {
   int64_t state_floats() const;
   int64_t state_bytes() const { return state_floats() * 4; }
   int64_t weight_bytes() const;
+  // The embedding table, counted in weight_bytes(): a step reads one row of it per token.
+  int64_t embedding_bytes() const;
 
   // Runs the plan over the state slots at `states` (device memory; slot s at s * state_floats())
   // and returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued,

@@ -1,8 +1,9 @@
 // Text to token ids and back, from the tokenizer files of a checkpoint folder.
 //
-// `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face; BPE with byte fallback as
-// Llama and Mistral, or byte-level as GPT-2, GPT-NeoX and Qwen), with `tokenizer_config.json` for
-// begin and end tokens. The files are hostile input. Const after Load(); any thread may use it.
+// `tokenizer.json` (Hugging Face; BPE with byte fallback as Llama and Mistral, or byte-level as
+// GPT-2, GPT-NeoX and Qwen) or, where there is none, `tokenizer.model` (SentencePiece), with
+// `tokenizer_config.json` for begin, end and added tokens. The files are hostile input. Const after
+// Load(); any thread may use it.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,14 @@
 #include "absl/types/span.h"
 
 namespace gla {
+
+// How decoded bytes that are not valid UTF-8 come out, each as the tokenizer's Python package does
+// it. A bad sequence is the longest beginning of a character that goes wrong before it is whole, or
+// one byte that begins none: E4 BD 41 is one bad sequence of two bytes, then "A".
+enum class BadBytes {
+  kEachByte,      // U+FFFD for every byte of a bad sequence: byte-fallback tokens
+  kEachSequence,  // U+FFFD for every bad sequence: byte-level tokens
+};
 
 class Tokenizer {
  public:
@@ -35,9 +44,8 @@ class Tokenizer {
   virtual absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool add_special,
                                                       bool parse_special = true) const = 0;
   // The text of `ids`. With `skip_special` special tokens give no text. Bytes that are no valid
-  // UTF-8 come out as U+FFFD. An id out of range is InvalidArgument.
-  virtual absl::StatusOr<std::string> Decode(absl::Span<const int32_t> ids,
-                                             bool skip_special = true) const = 0;
+  // UTF-8 come out as U+FFFD, see bad_bytes(). An id out of range is InvalidArgument.
+  absl::StatusOr<std::string> Decode(absl::Span<const int32_t> ids, bool skip_special = true) const;
   // The token as the vocabulary spells it ("<0x0A>", "▁the"); empty when out of range.
   virtual std::string Piece(int32_t id) const = 0;
   virtual bool IsSpecial(int32_t id) const = 0;
@@ -45,6 +53,9 @@ class Tokenizer {
   // The bytes that token `id` adds after `previous` tokens were decoded (a leading space is dropped
   // only at the start of a text); may be a part of a character.
   virtual std::string TokenBytes(int32_t id, bool at_start, bool skip_special) const = 0;
+  // Whether a text that was at its start is not any more after token `id`.
+  virtual bool BeginsText(int32_t id, bool skip_special) const;
+  virtual BadBytes bad_bytes() const = 0;
 };
 
 // Decodes one stream token by token: the pieces returned, concatenated, are Decode() of all its

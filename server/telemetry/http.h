@@ -21,7 +21,8 @@ struct HttpPages {
 
 class HttpServer {
  public:
-  // Binds `host`:`port` (0: any free port) and serves. FailedPrecondition when the port cannot be had.
+  // Binds `host`:`port` (0: any free port) and serves. FailedPrecondition when the port cannot be
+  // had.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& host, int port,
                                                            HttpPages pages);
   ~HttpServer();

@@ -26,9 +26,8 @@ using Buckets = Histogram::BucketBoundaries;
 
 // Fit for decode steps below a millisecond and for requests of a minute.
 const Buckets& Latency() {
-  static const Buckets buckets = {.0005, .001, .002, .003, .005, .0075, .01, .025,
-                                  .05,   .075, .1,   .15,  .2,   .3,    .5,  .75,
-                                  1,     2.5,  5,    10,   30,   60};
+  static const Buckets buckets = {.0005, .001, .002, .003, .005, .0075, .01, .025, .05, .075, .1,
+                                  .15,   .2,   .3,   .5,   .75,  1,     2.5, 5,    10,  30,   60};
   return buckets;
 }
 
@@ -61,9 +60,9 @@ prometheus::Family<Gauge>& SlotsFamily(Registry& registry) {
 // The fixed label values. Whatever else comes is counted under the last one.
 const std::vector<std::string>& Methods() {
   static const std::vector<std::string> names = {
-      "Generate",      "Converse",    "Score",         "Tokenize",     "Detokenize",
-      "GetModelInfo",  "CreateSession", "GetSession",  "ListSessions", "DeleteSession",
-      "ForkSession",   "RewindSession", "ExportSession", "ImportSession", "other"};
+      "Generate",     "Converse",      "Score",         "Tokenize",      "Detokenize",
+      "GetModelInfo", "CreateSession", "GetSession",    "ListSessions",  "DeleteSession",
+      "ForkSession",  "RewindSession", "ExportSession", "ImportSession", "other"};
   return names;
 }
 
@@ -150,8 +149,8 @@ struct Metrics::Families {
                                "reason",
                                {"queue_full", "tokens_full", "sessions_full", "draining",
                                 "invalid_argument", "prompt_too_long", "connections"})),
-        finished(CounterSeries(registry, "gla_finished_total",
-                               "Generations that ended, by reason.", "reason",
+        finished(CounterSeries(registry, "gla_finished_total", "Generations that ended, by reason.",
+                               "reason",
                                {"length", "eos", "stop", "cancelled", "deadline", "error"})),
         sessions_ended(CounterSeries(registry, "gla_sessions_ended_total",
                                      "Sessions that ended, by reason.", "reason",
@@ -203,29 +202,29 @@ Metrics::Metrics(const StaticFacts& facts)
                                       "Accepted to first scheduled.", Latency())),
       prefill_time_seconds(AddHistogram(registry, "gla_prefill_time_seconds",
                                         "First scheduled to first token.", Latency())),
-      decode_time_seconds(AddHistogram(registry, "gla_decode_time_seconds",
-                                       "First to last token.", Latency())),
+      decode_time_seconds(
+          AddHistogram(registry, "gla_decode_time_seconds", "First to last token.", Latency())),
       time_to_first_token_seconds(AddHistogram(registry, "gla_time_to_first_token_seconds",
                                                "Arrival to first token.", Latency())),
       inter_token_latency_seconds(AddHistogram(registry, "gla_inter_token_latency_seconds",
                                                "From one token of a request to its next.",
                                                Latency())),
-      prompt_tokens_total(AddCounter(registry, "gla_prompt_tokens_total",
-                                     "Prompt tokens run through the model.")),
+      prompt_tokens_total(
+          AddCounter(registry, "gla_prompt_tokens_total", "Prompt tokens run through the model.")),
       generated_tokens_total(
           AddCounter(registry, "gla_generated_tokens_total", "Tokens generated.")),
       restored_tokens_total(AddCounter(registry, "gla_restored_tokens_total",
                                        "Positions of sessions continued from, not run again.")),
       scored_tokens_total(AddCounter(registry, "gla_scored_tokens_total", "Tokens scored.")),
-      step_batch_size(AddHistogram(registry, "gla_step_batch_size", "Sequences in a step.",
-                                   PowersOfTwo(1024))),
-      step_tokens(AddHistogram(registry, "gla_step_tokens", "Tokens run in a step.",
-                               PowersOfTwo(16384))),
+      step_batch_size(
+          AddHistogram(registry, "gla_step_batch_size", "Sequences in a step.", PowersOfTwo(1024))),
+      step_tokens(
+          AddHistogram(registry, "gla_step_tokens", "Tokens run in a step.", PowersOfTwo(16384))),
       slots_total(SlotsFamily(registry).Add({{"state", "total"}})),
       slots_used(SlotsFamily(registry).Add({{"state", "used"}})),
       slots_pinned(SlotsFamily(registry).Add({{"state", "pinned"}})),
-      state_bytes_per_session(AddGauge(registry, "gla_state_bytes_per_session",
-                                       "Memory of one recurrent state.")),
+      state_bytes_per_session(
+          AddGauge(registry, "gla_state_bytes_per_session", "Memory of one recurrent state.")),
       sessions_device(prometheus::BuildGauge()
                           .Name("gla_sessions")
                           .Help("Sessions, by where their state rests.")
@@ -262,8 +261,7 @@ Metrics::~Metrics() = default;
 
 std::string Metrics::Render() {
   Families& f = *families_;
-  f.uptime.Set(
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - f.started).count());
+  f.uptime.Set(std::chrono::duration<double>(std::chrono::steady_clock::now() - f.started).count());
   f.resident.Set(ResidentBytes());
   f.descriptors.Set(CountEntries("/proc/self/fd") - 1);  // less the one that reads the folder
   f.threads.Set(CountEntries("/proc/self/task"));

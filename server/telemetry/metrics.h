@@ -71,8 +71,9 @@ class Metrics {
   prometheus::Counter& sessions_created_total;
   prometheus::Counter& numeric_guard_trips_total;
   // process and device
-  prometheus::Gauge& draining;     // 1 while draining
-  prometheus::Gauge& connections;  // open gRPC connections
+  prometheus::Gauge& draining;           // 1 while draining
+  prometheus::Gauge& connections;        // open gRPC connections
+  prometheus::Gauge& log_lines_dropped;  // because nobody read them
   prometheus::Gauge& device_memory_total_bytes;
   prometheus::Gauge& device_memory_used_bytes;
 

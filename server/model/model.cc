@@ -1,0 +1,162 @@
+#include "model/model.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "model/model_impl.h"
+
+namespace gla {
+namespace {
+
+// Floats of a part of a slot, so that every part begins on 256 bytes.
+int64_t Aligned(int64_t floats) { return (floats + 63) / 64 * 64; }
+
+}  // namespace
+
+StateLayout::StateLayout(const ModelConfig& config)
+    // A decay per query head makes the states of a group differ: one state per query head.
+    : state_heads(config.family == ModelFamily::kRetNet ? config.num_heads : config.num_kv_heads),
+      recurrent(Aligned(int64_t{state_heads} * config.feature_dim * config.head_value_dim)),
+      key_sum(config.norm_feature_map ? Aligned(int64_t{config.num_kv_heads} * config.feature_dim)
+                                      : 0),
+      conv(config.use_short_conv
+               ? Aligned(int64_t{config.conv_size - 1} * ProjectionLayout(config).qkv())
+               : 0),
+      key_sums_begin(config.num_layers * recurrent),
+      convs_begin(key_sums_begin + config.num_layers * key_sum),
+      floats(convs_begin + config.num_layers * conv) {}
+
+Rows Model::Impl::AllocateRows(int64_t rows, int64_t width, DType dtype) {
+  if (out_of_memory) return {};
+  buffers.emplace_back(device, static_cast<size_t>(rows * width) * SizeOf(dtype));
+  out_of_memory = !buffers.back().ok();
+  return {buffers.back().data(), width, dtype};
+}
+
+absl::Status Model::Impl::Allocate() {
+  const DType act = options.dtype;
+  const int64_t rows = options.max_rows, logit_rows = options.max_logit_rows;
+  const int64_t hidden = config.hidden_size, heads = config.num_heads;
+  residual = AllocateRows(rows, hidden, DType::kFloat32);
+  normed = AllocateRows(std::max(rows, logit_rows), hidden, act);
+  proj = AllocateRows(rows, proj_layout.width(), act);
+  if (config.use_short_conv) conv = AllocateRows(rows, proj_layout.qkv(), act);
+  if (maps_features()) {
+    features = AllocateRows(rows, (heads + config.num_kv_heads) * config.feature_dim, act);
+  }
+  if (weights.layers[0].q_map.layer1.bytes() > 0) {
+    head_in = AllocateRows(rows * heads, config.head_key_dim, act);
+    head_1 = AllocateRows(rows * heads, config.head_key_dim, act);
+    head_2 = AllocateRows(rows * heads, config.head_key_dim, act);
+  }
+  if (proj_layout.gate > 0) gate = AllocateRows(rows, proj_layout.k, DType::kFloat32);
+  mixed = AllocateRows(rows, heads * config.head_value_dim, act);
+  mixed_normed = AllocateRows(rows, heads * config.head_value_dim, act);
+  gate_up = AllocateRows(rows, int64_t{2} * config.intermediate_size, act);
+  mlp = AllocateRows(rows, config.intermediate_size, act);
+  last = AllocateRows(logit_rows, hidden, DType::kFloat32);
+  logits = AllocateRows(logit_rows, config.vocab_size, DType::kFloat32);
+
+  if (!out_of_memory) {
+    inputs.emplace(device, options.max_rows, options.max_seqs, options.max_logit_rows);
+    out_of_memory = !inputs->ok();
+  }
+  if (!out_of_memory) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat("no device memory for the activations of ", rows,
+                                                   " rows and ", logit_rows, " rows of logits; ",
+                                                   device.memory_free(), " bytes are free"));
+}
+
+const float* Model::Impl::Forward(const StepPlan& plan, float* states) {
+  const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
+  if (rows > options.max_rows || plan.num_seqs() > options.max_seqs ||
+      logit_rows > options.max_logit_rows) {
+    std::fprintf(stderr,
+                 "model: a plan of %d rows, %d sequences, %d logit rows is beyond %d, %d, %d\n",
+                 rows, plan.num_seqs(), logit_rows, options.max_rows, options.max_seqs,
+                 options.max_logit_rows);
+    std::abort();
+  }
+  // The normalized form keeps a running key sum, which only the recurrent kernel has.
+  const bool chunkwise =
+      options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
+  inputs->Set(plan, chunkwise);
+  Embed(device, {.tokens = inputs->tokens,
+                 .table = weights.embeddings.data(),
+                 .y = static_cast<float*>(residual.data),
+                 .rows = rows,
+                 .dim = config.hidden_size,
+                 .table_dtype = weights.embeddings_dtype});
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    Attention(layer, rows, states);
+    Mlp(weights.layers[layer], rows);
+  }
+  // Only the rows whose logits are wanted pay for the vocabulary.
+  GatherRows(device, {.x = static_cast<const float*>(residual.data),
+                      .rows = inputs->logit_rows,
+                      .y = static_cast<float*>(last.data),
+                      .num_rows = logit_rows,
+                      .dim = config.hidden_size});
+  Norm(weights.norm, last, normed, logit_rows);
+  Product(weights.lm_head, normed, logits, logit_rows);
+  return static_cast<const float*>(logits.data);
+}
+
+// ---- Model --------------------------------------------------------------------------------------
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Impl::Build(Device& device, const ModelConfig& config,
+                                                          const ModelOptions& options,
+                                                          WeightSource& source) {
+  if (options.dtype != DType::kFloat32 && options.dtype != DType::kBFloat16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dtype: expected float32 or bfloat16, got ", NameOf(options.dtype)));
+  }
+  if (options.max_rows < 1 || options.max_seqs < 1 || options.max_logit_rows < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_rows, max_seqs and max_logit_rows: expected at least 1 each, got ",
+                     options.max_rows, ", ", options.max_seqs, " and ", options.max_logit_rows));
+  }
+  auto impl = std::make_unique<Impl>(device, config, options);
+  GLA_ASSIGN_OR_RETURN(impl->weights, LoadWeights(device, config, options.dtype, source));
+  GLA_RETURN_IF_ERROR(CheckWidths(config, impl->weights));
+  GLA_RETURN_IF_ERROR(impl->Allocate());
+  device.Synchronize();
+  return std::unique_ptr<Model>(new Model(std::move(impl)));
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::~Model() = default;
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(Device& device, const ModelConfig& config,
+                                                   Checkpoint& checkpoint,
+                                                   const ModelOptions& options) {
+  CheckpointSource source(checkpoint);
+  GLA_ASSIGN_OR_RETURN(auto model, Impl::Build(device, config, options, source));
+  GLA_RETURN_IF_ERROR(checkpoint.CheckAllUsed());
+  return model;
+}
+
+absl::StatusOr<std::unique_ptr<Model>> Model::Random(Device& device, const ModelConfig& config,
+                                                     uint64_t seed, const ModelOptions& options) {
+  RandomSource source(seed);
+  return Impl::Build(device, config, options, source);
+}
+
+const ModelConfig& Model::config() const { return impl_->config; }
+const ModelOptions& Model::options() const { return impl_->options; }
+int64_t Model::state_floats() const { return impl_->state.floats; }
+int64_t Model::weight_bytes() const { return impl_->weights.bytes(); }
+int64_t Model::embedding_bytes() const {
+  return static_cast<int64_t>(impl_->weights.embeddings.bytes());
+}
+
+const float* Model::Forward(const StepPlan& plan, float* states) {
+  return impl_->Forward(plan, states);
+}
+
+}  // namespace gla

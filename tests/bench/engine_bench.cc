@@ -1,0 +1,334 @@
+// gla-bench-engine: what one step of a model costs on this device.
+//
+// A decode step is what the engine does for N running sequences: upload of the plan, the forward
+// pass, greedy sampling, download of the ids. A prefill step runs one prompt and gives the logits
+// of its last token. Weights are random unless --model names a checkpoint. The bytes of a decode
+// step are the weights once and every state read and written, compared with the rate of a plain
+// copy in device memory measured in the same run. Logits are checked to be finite before anything
+// is timed.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "base/status_macros.h"
+#include "kernels/kernels.h"
+#include "model/checkpoint.h"
+#include "model/model.h"
+#include "tests/tools/sibling.h"
+
+namespace gla {
+namespace {
+
+constexpr char kUsage[] =
+    "usage: gla-bench-engine [--config gla-340m|gla-1.3b|bard-6m | --model DIR]\n"
+    "  [--dtype float32|bfloat16] [--seqs 1,64,256] [--prompt 512,2048] [--steps 50]\n"
+    "  [--prefill-form recurrent|chunkwise] [--threads N] [--backend cpu|cuda] [--json]\n";
+
+struct NamedConfig {
+  const char* name;
+  const char* json;
+};
+constexpr NamedConfig kConfigs[] = {
+    {"gla-340m", R"({"model_type": "gla", "hidden_size": 1024, "num_hidden_layers": 24,
+                     "num_heads": 4, "intermediate_size": 2816, "tie_word_embeddings": true})"},
+    {"gla-1.3b", R"({"model_type": "gla", "hidden_size": 2048, "num_hidden_layers": 24,
+                     "num_heads": 4, "intermediate_size": 5632})"},
+    {"bard-6m", R"({"model_type": "gla", "hidden_size": 256, "num_hidden_layers": 6,
+                    "num_heads": 4, "vocab_size": 2048})"},
+};
+
+struct Flags {
+  std::string config = "bard-6m";
+  std::string model;  // folder; empty: random weights
+  DType dtype = std::string(Device::backend()) == "cuda" ? DType::kBFloat16 : DType::kFloat32;
+  std::vector<int> seqs = {1, 64, 256};
+  std::vector<int> prompts = {512, 2048};
+  int steps = 50;
+  PrefillForm form = PrefillForm::kRecurrent;
+  int threads = 0;
+  std::string backend = Device::backend();
+  bool json = false;
+};
+
+bool ParseList(const std::string& text, std::vector<int>& out) {
+  out.clear();
+  for (const auto& part : absl::StrSplit(text, ',', absl::SkipEmpty())) {
+    int number = 0;
+    if (!absl::SimpleAtoi(part, &number) || number < 1) return false;
+    out.push_back(number);
+  }
+  return true;
+}
+
+bool Parse(int argc, char** argv, Flags& flags) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--json") {
+      flags.json = true;
+      continue;
+    }
+    if (++i == argc) return false;
+    const std::string value = argv[i];
+    if (arg == "--config") {
+      flags.config = value;
+    } else if (arg == "--model") {
+      flags.model = value;
+    } else if (arg == "--dtype" && (value == "float32" || value == "bfloat16")) {
+      flags.dtype = value == "float32" ? DType::kFloat32 : DType::kBFloat16;
+    } else if (arg == "--prefill-form" && (value == "recurrent" || value == "chunkwise")) {
+      flags.form = value == "recurrent" ? PrefillForm::kRecurrent : PrefillForm::kChunkwise;
+    } else if (arg == "--backend" && (value == "cpu" || value == "cuda")) {
+      flags.backend = value;
+    } else if (arg == "--seqs") {
+      if (!ParseList(value, flags.seqs)) return false;
+    } else if (arg == "--prompt") {
+      if (!ParseList(value, flags.prompts)) return false;
+    } else if (arg == "--steps") {
+      if (!absl::SimpleAtoi(value, &flags.steps) || flags.steps < 1) return false;
+    } else if (arg == "--threads") {
+      if (!absl::SimpleAtoi(value, &flags.threads) || flags.threads < 0) return false;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+// Bytes read and written per second by a copy far larger than any cache.
+absl::StatusOr<double> CopyRate(Device& device) {
+  const size_t bytes = size_t{1} << (std::string(Device::backend()) == "cuda" ? 30 : 28);
+  const DeviceBuffer from(device, bytes), to(device, bytes);
+  if (!from.ok() || !to.ok()) return absl::ResourceExhaustedError("no memory to measure a copy");
+  device.Fill(from.data(), 1, bytes);
+  std::vector<double> times;
+  for (int i = 0; i < 7; ++i) {
+    device.Copy(to.data(), from.data(), bytes);  // touches the pages the first time
+    device.Synchronize();
+    const double start = Seconds();
+    device.Copy(to.data(), from.data(), bytes);
+    device.Synchronize();
+    times.push_back(Seconds() - start);
+  }
+  return 2.0 * static_cast<double>(bytes) / Median(times);
+}
+
+// The steps of one model, as the engine takes them.
+class Bench {
+ public:
+  static absl::StatusOr<std::unique_ptr<Bench>> Create(Device& device, Model& model, int slots) {
+    auto bench = std::unique_ptr<Bench>(new Bench(device, model, slots));
+    for (const DeviceBuffer* buffer :
+         {&bench->states_, &bench->rows_, &bench->offsets_, &bench->scratch_, &bench->tokens_}) {
+      if (!buffer->ok()) {
+        return absl::ResourceExhaustedError(
+            absl::StrCat("no device memory for ", slots, " states of ", model.state_bytes(),
+                         " bytes, ", device.memory_free(), " are free"));
+      }
+    }
+    const std::vector<SampleRow> greedy(slots);
+    device.Upload(bench->rows_.data(), greedy.data(), greedy.size() * sizeof(SampleRow));
+    device.Fill(bench->offsets_.data(), 0, bench->offsets_.bytes());
+    return bench;
+  }
+
+  // Median seconds of a decode step of `seqs` sequences.
+  absl::StatusOr<double> Decode(int seqs, int steps) {
+    StepPlan plan = PlanOf(seqs, 1, /*fresh=*/true);
+    GLA_RETURN_IF_ERROR(CheckFinite(plan));
+    plan.read_slots = plan.write_slots;
+    GLA_RETURN_IF_ERROR(CheckFinite(plan));
+    std::vector<double> times;
+    const int warm_up = std::min(steps, 5);
+    for (int i = -warm_up; i < steps; ++i) {
+      const double start = Seconds();
+      Step(plan);
+      if (i >= 0) times.push_back(Seconds() - start);
+      // What was sampled is fed next, as in a generation.
+      device_.Download(plan.tokens.data(), tokens_.data(), plan.tokens.size() * sizeof(int32_t));
+      for (int64_t& position : plan.start_positions) ++position;
+    }
+    return Median(times);
+  }
+
+  // Median seconds of a prompt of `length` tokens from the empty state to its last logits.
+  absl::StatusOr<double> Prefill(int length, int steps) {
+    const StepPlan plan = PlanOf(1, length, /*fresh=*/true);
+    GLA_RETURN_IF_ERROR(CheckFinite(plan));
+    std::vector<double> times;
+    for (int i = 0; i < std::min(steps, 10); ++i) {
+      const double start = Seconds();
+      Step(plan);
+      times.push_back(Seconds() - start);
+    }
+    return Median(times);
+  }
+
+ private:
+  Bench(Device& device, Model& model, int slots)
+      : device_(device),
+        model_(model),
+        states_(device, static_cast<size_t>(slots * model.state_bytes())),
+        rows_(device, slots * sizeof(SampleRow)),
+        offsets_(device, (slots + 1) * sizeof(int32_t)),
+        scratch_(device, sizeof(float) * slots * model.config().vocab_size),
+        tokens_(device, slots * sizeof(int32_t)) {}
+
+  // `seqs` sequences of `length` tokens in the first slots.
+  StepPlan PlanOf(int seqs, int length, bool fresh) const {
+    StepPlan plan;
+    for (int n = 0; n < seqs; ++n) {
+      for (int t = 0; t < length; ++t) {
+        plan.tokens.push_back((n * 7919 + t * 104729 + 1) % model_.config().vocab_size);
+      }
+      plan.cu_seqlens.push_back(plan.num_rows());
+      plan.read_slots.push_back(fresh ? -1 : n);
+      plan.write_slots.push_back(n);
+      plan.start_positions.push_back(0);
+      plan.logit_rows.push_back(plan.num_rows() - 1);
+    }
+    return plan;
+  }
+
+  void Step(const StepPlan& plan) {
+    const float* logits = model_.Forward(plan, states_.as<float>());
+    Sample(device_, {.logits = logits,
+                     .rows = rows_.as<SampleRow>(),
+                     .adjustments = nullptr,
+                     .adjustment_offsets = offsets_.as<int32_t>(),
+                     .scratch = scratch_.as<float>(),
+                     .tokens = tokens_.as<int32_t>(),
+                     .num_rows = plan.num_logit_rows(),
+                     .vocab = model_.config().vocab_size});
+    ids_.resize(plan.logit_rows.size());
+    device_.Download(ids_.data(), tokens_.data(), ids_.size() * sizeof(int32_t));
+  }
+
+  absl::Status CheckFinite(const StepPlan& plan) {
+    const float* logits = model_.Forward(plan, states_.as<float>());
+    std::vector<float> host(plan.logit_rows.size() * model_.config().vocab_size);
+    device_.Download(host.data(), logits, host.size() * sizeof(float));
+    for (size_t i = 0; i < host.size(); ++i) {
+      if (std::isfinite(host[i])) continue;
+      return absl::InternalError(
+          absl::StrCat("logit ", i, " of a step of ", plan.num_rows(), " rows is not finite"));
+    }
+    return absl::OkStatus();
+  }
+
+  Device& device_;
+  Model& model_;
+  DeviceBuffer states_, rows_, offsets_, scratch_, tokens_;
+  std::vector<int32_t> ids_;
+};
+
+absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& flags) {
+  ModelOptions options{.dtype = flags.dtype, .prefill_form = flags.form};
+  options.max_seqs = options.max_logit_rows = options.max_rows = 1;
+  for (const int seqs : flags.seqs) options.max_seqs = std::max(options.max_seqs, seqs);
+  options.max_logit_rows = options.max_rows = options.max_seqs;
+  for (const int length : flags.prompts) options.max_rows = std::max(options.max_rows, length);
+  if (!flags.model.empty()) {
+    GLA_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Load(flags.model));
+    GLA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(flags.model));
+    return Model::Load(device, config, checkpoint, options);
+  }
+  for (const NamedConfig& named : kConfigs) {
+    if (flags.config != named.name) continue;
+    GLA_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Parse(named.json));
+    return Model::Random(device, config, 1, options);
+  }
+  return absl::InvalidArgumentError(absl::StrCat("no config is named '", flags.config, "'"));
+}
+
+absl::Status Run(const Flags& flags) {
+  std::string error;
+  const auto device = Device::Open({.num_threads = flags.threads}, &error);
+  if (device == nullptr) return absl::UnavailableError(error);
+  const double start = Seconds();
+  GLA_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, MakeModel(*device, flags));
+  const double build_seconds = Seconds() - start;
+  GLA_ASSIGN_OR_RETURN(const double copy_rate, CopyRate(*device));
+  GLA_ASSIGN_OR_RETURN(const auto bench, Bench::Create(*device, *model, model->options().max_seqs));
+  const std::string name = flags.model.empty() ? flags.config : flags.model;
+  nlohmann::json report = {{"model", name},
+                           {"parameters", model->config().num_parameters()},
+                           {"weight_bytes", model->weight_bytes()},
+                           {"state_bytes", model->state_bytes()},
+                           {"dtype", NameOf(flags.dtype)},
+                           {"backend", Device::backend()},
+                           {"device", device->name()},
+                           {"build_seconds", build_seconds},
+                           {"copy_bytes_per_second", copy_rate},
+                           {"decode", nlohmann::json::array()},
+                           {"prefill", nlohmann::json::array()}};
+  if (!flags.json) {
+    std::printf("%s: %.1f M parameters, %s, state %.2f MiB, on %s (%s), built in %.1f s\n",
+                name.c_str(), model->config().num_parameters() / 1e6, NameOf(flags.dtype),
+                model->state_bytes() / 1048576.0, device->name().c_str(), Device::backend(),
+                build_seconds);
+    std::printf("copy rate %.1f GB/s\n%10s %12s %12s %10s %10s\n", copy_rate / 1e9, "decode",
+                "ms/step", "tokens/s", "GB/step", "% of copy");
+  }
+  for (const int seqs : flags.seqs) {
+    GLA_ASSIGN_OR_RETURN(const double seconds, bench->Decode(seqs, flags.steps));
+    const double bytes = static_cast<double>(model->weight_bytes() - model->embedding_bytes()) +
+                         2.0 * seqs * static_cast<double>(model->state_bytes());
+    const double share = bytes / seconds / copy_rate;
+    report["decode"].push_back({{"seqs", seqs},
+                                {"ms_per_step", 1e3 * seconds},
+                                {"tokens_per_second", seqs / seconds},
+                                {"bytes_per_step", bytes},
+                                {"share_of_copy_rate", share}});
+    if (flags.json) continue;
+    std::printf("%10d %12.3f %12.0f %10.3f %10.1f\n", seqs, 1e3 * seconds, seqs / seconds,
+                bytes / 1e9, 100 * share);
+    std::fflush(stdout);
+  }
+  if (!flags.json && !flags.prompts.empty()) {
+    std::printf("%10s %12s %12s\n", "prefill", "ms", "tokens/s");
+  }
+  for (const int length : flags.prompts) {
+    GLA_ASSIGN_OR_RETURN(const double seconds, bench->Prefill(length, flags.steps));
+    report["prefill"].push_back(
+        {{"tokens", length}, {"ms", 1e3 * seconds}, {"tokens_per_second", length / seconds}});
+    if (!flags.json) std::printf("%10d %12.3f %12.0f\n", length, 1e3 * seconds, length / seconds);
+  }
+  if (flags.json) std::printf("%s\n", report.dump().c_str());
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace gla
+
+int main(int argc, char** argv) {
+  gla::Flags flags;
+  if (!gla::Parse(argc, argv, flags)) {
+    std::fputs(gla::kUsage, stderr);
+    return 2;
+  }
+  if (!gla::BecomeBackend("gla-bench-engine", flags.backend, argv)) return 2;
+  const absl::Status status = gla::Run(flags);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "gla-bench-engine: %s\n", std::string(status.message()).c_str());
+  return 1;
+}
