@@ -48,6 +48,7 @@ int ScoreCommand(const std::vector<std::string>& arguments) {
     if (file && !ReadFile(*file, &contents, &error)) return UsageError(error);
     v1::TokenizeRequest request;
     request.set_text(contents);
+    request.set_omit_pieces(true);
     v1::TokenizeResponse response;
     if (grpc::Status status = client.Tokenize(request, &response, options); !status.ok()) {
       return Report(status, common);

@@ -180,6 +180,9 @@ const std::vector<Flag>& Flags() {
        Seconds(&C::shutdown_timeout)},
       {"log-format", "text|json", "form of the log lines on stderr",
        Choice(&C::log_format, {"text", "json"})},
+      {"poison-freed-slots", "yes|no",
+       "for tests: fill the state of an ended session or request with NaN, so that a leak shows",
+       Choice(&C::poison_freed_slots, {"yes", "no"})},
       {"version", "", "print the version and exit", Switch(&C::version)},
       {"help", "", "print this and exit", Switch(&C::help)},
   };
@@ -275,8 +278,8 @@ std::string HelpText() {
   for (const Flag& flag : Flags()) {
     const std::string shown = flag.binding.show(defaults);
     absl::StrAppend(&out, "  --", flag.name, flag.value.empty() ? "" : " ", flag.value,
-                    "\n        ", flag.help, shown.empty() ? "" : absl::StrCat(" (default ", shown, ")"),
-                    "\n");
+                    "\n        ", flag.help,
+                    shown.empty() ? "" : absl::StrCat(" (default ", shown, ")"), "\n");
   }
   return out +
          "\nExit codes: 0 drained after SIGTERM or SIGINT, 2 configuration or checkpoint, 3 device "

@@ -37,8 +37,8 @@ std::string ReplicaId(const Config& config) {
   return gethostname(name, sizeof(name) - 1) == 0 ? name : "";
 }
 
-// The memory for states: what was asked for, or on the CPU a quarter of the memory up to 1 GiB but room for
-// one session, on a GPU most of what the weights have left.
+// The memory for states: what was asked for, or on the CPU a quarter of the memory up to 1 GiB but
+// room for one session, on a GPU most of what the weights have left.
 int64_t StateMemory(const Config& config, const Device& device, int64_t state_bytes) {
   if (config.state_memory > 0) return config.state_memory;
   if (IsCuda()) return static_cast<int64_t>(device.memory_free()) / 5 * 4;
@@ -58,9 +58,10 @@ absl::StatusOr<int64_t> NumSlots(const Config& config, const Device& device, con
         "--state-memory: expected room for more than --max-num-seqs = ", config.max_num_seqs,
         " states of ", state_bytes, " bytes each, got ", memory, " bytes, which hold ", slots));
   }
-  log.Info(absl::StrFormat("capacity: sessions = state memory / bytes per session - max-num-seqs = "
-                           "%d / %d - %d = %d",
-                           memory, state_bytes, config.max_num_seqs, slots - config.max_num_seqs));
+  log.Info(
+      absl::StrFormat("capacity: sessions = state memory / bytes per session - max-num-seqs = "
+                      "%d / %d - %d = %d",
+                      memory, state_bytes, config.max_num_seqs, slots - config.max_num_seqs));
   return slots;
 }
 
@@ -84,6 +85,7 @@ EngineOptions OptionsForEngine(const Config& config, int64_t num_slots) {
   options.max_queued_tokens = config.max_num_queued_tokens;
   options.num_slots = num_slots;
   options.default_session_ttl_seconds = config.session_ttl;
+  options.poison_freed_slots = config.poison_freed_slots == "yes";
   return options;
 }
 
@@ -121,8 +123,7 @@ absl::StatusOr<Ground> OpenGround(const Config& config) {
   Ground ground;
   GLA_ASSIGN_OR_RETURN(ground.model_config, ModelConfig::Load(config.model));
   std::string error;
-  ground.device =
-      Device::Open({.ordinal = config.device, .num_threads = config.threads}, &error);
+  ground.device = Device::Open({.ordinal = config.device, .num_threads = config.threads}, &error);
   if (ground.device == nullptr) {
     return absl::FailedPreconditionError(
         absl::StrCat("no ", Device::backend(), " device ", config.device, ": ", error));
@@ -139,11 +140,12 @@ absl::StatusOr<Ground> OpenGround(const Config& config) {
 absl::Status Loaded::Load(const Config& config, Ground& ground, Metrics& metrics, Logger& log) {
   Device& device = *ground.device;
   GLA_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Load(config.model));
-  // A larger embedding is usual, padded to a round number; a smaller one would be read beyond its end.
+  // A larger embedding is usual, padded to a round number; a smaller one would be read beyond its
+  // end.
   if (tokenizer_->vocab_size() > ground.model_config.vocab_size) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "tokenizer of ", config.model, ": expected at most vocab_size = ",
-        ground.model_config.vocab_size, " tokens, got ", tokenizer_->vocab_size()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("tokenizer of ", config.model, ": expected at most vocab_size = ",
+                     ground.model_config.vocab_size, " tokens, got ", tokenizer_->vocab_size()));
   }
   {
     GLA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(config.model));

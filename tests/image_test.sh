@@ -39,10 +39,8 @@ make_base() {
 }
 
 build_image() {
-  # The CUDA bases are not used by BACKEND=cpu, but this buildah looks at every stage.
   buildah "${STORAGE[@]}" bud --isolation chroot --format docker --layers --pull-never \
-    --build-arg BASE="$BASE" --build-arg CUDA_BUILD_BASE="$BASE" --build-arg CUDA_BASE="$BASE" \
-    --tag "$IMAGE" .
+    --build-arg BASE="$BASE" --tag "$IMAGE" .
 }
 
 # expect WHAT EXPECTED GOT
@@ -56,10 +54,10 @@ check_config() {
 import json, sys
 config = json.load(open(sys.argv[1]))["Docker"]["config"]
 assert config["User"] == "10001:10001", config["User"]
-assert config["Entrypoint"] == ["/usr/local/bin/gla-server"], config["Entrypoint"]
+assert config["Entrypoint"] == ["/opt/gla-server/bin/gla-server"], config["Entrypoint"]
 assert config["StopSignal"] in ("SIGTERM", "15"), config["StopSignal"]
 assert set(config["ExposedPorts"]) == {"8001/tcp", "8002/tcp"}, config["ExposedPorts"]
-assert config["Healthcheck"]["Test"][:2] == ["CMD", "/usr/local/bin/gla"], config["Healthcheck"]
+assert config["Healthcheck"]["Test"][:2] == ["CMD", "/opt/gla-server/bin/gla"], config["Healthcheck"]
 labels = config["Labels"]
 for key in ("title", "description", "version", "revision", "licenses"):
     assert labels["org.opencontainers.image." + key], key

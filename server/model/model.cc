@@ -16,6 +16,35 @@ namespace {
 // Floats of a part of a slot, so that every part begins on 256 bytes.
 int64_t Aligned(int64_t floats) { return (floats + 63) / 64 * 64; }
 
+// What the recurrence of the CUDA backend holds in a block's shared memory; the same limits for
+// both backends, so that a model that is accepted here is accepted there.
+constexpr int kMaxKeyDim = 2048;
+constexpr int kMaxGroupKeys = 16384;
+
+absl::Status CheckLimits(const ModelConfig& config, const ModelOptions& options) {
+  if (options.dtype != DType::kFloat32 && options.dtype != DType::kBFloat16) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("dtype: expected float32 or bfloat16, got ", NameOf(options.dtype)));
+  }
+  if (options.max_rows < 1 || options.max_seqs < 1 || options.max_logit_rows < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_rows, max_seqs and max_logit_rows: expected at least 1 each, got ",
+                     options.max_rows, ", ", options.max_seqs, " and ", options.max_logit_rows));
+  }
+  if (config.feature_dim > kMaxKeyDim) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("key dimension of a head, after the feature map: expected at most ",
+                     kMaxKeyDim, ", found ", config.feature_dim));
+  }
+  const int64_t group = config.num_heads / StateLayout(config).state_heads;
+  if (group * config.feature_dim > kMaxGroupKeys) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("query heads per state times their key dimension: expected at most ",
+                     kMaxGroupKeys, ", found ", group, " * ", config.feature_dim));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 StateLayout::StateLayout(const ModelConfig& config)
@@ -112,15 +141,7 @@ const float* Model::Impl::Forward(const StepPlan& plan, float* states) {
 absl::StatusOr<std::unique_ptr<Model>> Model::Impl::Build(Device& device, const ModelConfig& config,
                                                           const ModelOptions& options,
                                                           WeightSource& source) {
-  if (options.dtype != DType::kFloat32 && options.dtype != DType::kBFloat16) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("dtype: expected float32 or bfloat16, got ", NameOf(options.dtype)));
-  }
-  if (options.max_rows < 1 || options.max_seqs < 1 || options.max_logit_rows < 1) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("max_rows, max_seqs and max_logit_rows: expected at least 1 each, got ",
-                     options.max_rows, ", ", options.max_seqs, " and ", options.max_logit_rows));
-  }
+  GLA_RETURN_IF_ERROR(CheckLimits(config, options));
   auto impl = std::make_unique<Impl>(device, config, options);
   GLA_ASSIGN_OR_RETURN(impl->weights, LoadWeights(device, config, options.dtype, source));
   GLA_RETURN_IF_ERROR(CheckWidths(config, impl->weights));

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "base/status_macros.h"
 #include "service/convert.h"
 #include "service/status.h"
 
@@ -261,13 +262,13 @@ void ConverseReactor::SubmitTurn() {
     request = ToRequest(std::move(*turn_), open_, session_id_);
     turn_.reset();
   }
-  absl::StatusOr<GenerateParams> params = ToParams(request, *serving, service_.random);
-  absl::StatusOr<RequestId> id = params.status();
-  if (params.ok()) {
-    params->deadline = absl::FromChrono(context_->deadline());
-    params->request_id = request_id_;
-    id = serving->engine.Submit(*std::move(params), this);
-  }
+  const auto submit = [&]() -> absl::StatusOr<RequestId> {
+    GLA_ASSIGN_OR_RETURN(GenerateParams params, ToParams(request, *serving, service_.random));
+    params.deadline = absl::FromChrono(context_->deadline());
+    params.request_id = request_id_;
+    return serving->engine.Submit(std::move(params), this);
+  };
+  const absl::StatusOr<RequestId> id = submit();
   MutexLock lock(&mu_);
   if (id.ok()) {
     if (running_) id_ = *id;  // else it has finished already

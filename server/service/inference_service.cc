@@ -77,7 +77,7 @@ absl::Status TokenizeInto(const ServiceContext& service, const v1::TokenizeReque
   if (!ids.ok()) return FieldError("text", std::string(ids.status().message()));
   for (const int32_t id : *ids) {
     response->add_token_ids(id);
-    response->add_pieces(serving->tokenizer.Piece(id));
+    if (!request.omit_pieces()) response->add_pieces(serving->tokenizer.Piece(id));
   }
   return absl::OkStatus();
 }

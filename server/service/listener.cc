@@ -145,8 +145,8 @@ bool Listener::AcceptOne() {
       MutexLock lock(&mu_);
       connections_.erase(fd);
     }
-    close(fd);
     metrics_.Rejected("connections").Increment();
+    close(fd);
     log_.Limited("connections", absl::StrCat("more than ", max_connections_,
                                              " connections (--max-connections): refused one"));
     return true;

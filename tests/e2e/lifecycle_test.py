@@ -1,5 +1,6 @@
 """Faults 24, 27 and 41: connections, signals, ports; and what a server says of itself."""
 
+import re
 import resource
 import signal
 import socket
@@ -9,8 +10,8 @@ import time
 import grpc
 import pytest
 
-from harness import (SERVER, BARD, Answer, Server, generate, pb, reason_of, refused, request, spb,
-                     wait_for)
+from harness import (BARD, SERVER, Answer, Server, generate, inference_pb2_grpc, pb, reason_of,
+                     refused, request, spb, wait_for)
 
 LONG = dict(max_new_tokens=4000, ignore_eos=True)
 
@@ -40,7 +41,6 @@ def test_24_descriptors_run_out_and_come_back():
         def serves_a_new_connection():
             with grpc.insecure_channel(server.target,
                                        [("grpc.use_local_subchannel_pool", 1)]) as channel:
-                from harness import inference_pb2_grpc
                 stub = inference_pb2_grpc.InferenceServiceStub(channel)
                 try:
                     return stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=1).vocab_size == 2048
@@ -205,13 +205,21 @@ def test_ready_within_a_second_and_never_before_it_serves():
 
 
 def test_closed_output_does_not_end_the_server():
-    with Server() as server:
-        server.process.stdout.close()
+    process = subprocess.Popen([str(SERVER), "--model", str(BARD), "--host", "127.0.0.1", "--port", "0",
+                                "--http-port", "0"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        match = re.search(rb"ready: grpc 127.0.0.1:(\d+)", line)
+        if match:
+            break
+    process.stdout.close()
+    with grpc.insecure_channel(f"127.0.0.1:{int(match[1])}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
         for _ in range(20):
-            generate(server, max_new_tokens=2)
-        assert server.alive()
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(20) == 0
+            Answer(stub.Generate(request(max_new_tokens=2), timeout=10))
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
 
 
 def test_sessions_are_not_lost_by_a_refused_request():

@@ -62,7 +62,7 @@ def test_stopped_turns_keep_what_was_reported(server):
 def test_a_slot_used_again_shows_nothing_of_its_former_owner():
     """Freed slots are filled with NaN: one read of a stale value would end a stream as INTERNAL."""
     with Server("--max-num-seqs", 2, "--state-memory", "1MiB",
-                "--poison-freed-slots", "true") as server:
+                "--poison-freed-slots", "yes") as server:
         want = generate(server, "ROMEO:", max_new_tokens=12).token_ids
         for round_ in range(30):
             server.sessions.CreateSession(spb.CreateSessionRequest(session_id=f"r{round_}"))

@@ -311,6 +311,21 @@ TEST(Model, RefusesOptionsOutOfRange) {
               HasSubstr("INVALID_ARGUMENT: max_rows"));
 }
 
+TEST(Model, RefusesHeadsThatTheRecurrenceCannotHold) {
+  const auto device = OpenTestDevice();
+  ModelConfig config = TinyConfig();
+  config.head_key_dim = config.feature_dim = 4096;
+  EXPECT_THAT(
+      Model::Random(*device, config, 1, {}).status().ToString(),
+      HasSubstr("INVALID_ARGUMENT: key dimension of a head, after the feature map: expected "
+                "at most 2048, found 4096"));
+  config.head_key_dim = config.feature_dim = 512;
+  config.num_heads = 64;
+  config.num_kv_heads = 1;
+  EXPECT_THAT(Model::Random(*device, config, 1, {}).status().ToString(),
+              HasSubstr("expected at most 16384, found 64 * 512"));
+}
+
 TEST(Model, SaysWhenDeviceMemoryRunsOut) {
   const auto device = OpenTestDevice();
   ModelConfig config = TinyConfig();

@@ -272,8 +272,9 @@ TEST_F(SessionTest, ConverseCancelsATurnAndGoesOn) {
   conversation.SendCancel();
   const v1::GenerateResponse cancelled = conversation.ReadTurn();
   EXPECT_EQ(cancelled.finish().reason(), v1::FINISH_REASON_CANCELLED);
-  EXPECT_EQ(cancelled.finish().session_position(),
-            1 + cancelled.token_ids_size() + response.output().token_ids_size());
+  // What the session has consumed: the last token given may not have been fed any more.
+  const int64_t tokens = cancelled.token_ids_size() + response.output().token_ids_size();
+  EXPECT_THAT(cancelled.finish().session_position(), testing::AnyOf(tokens, tokens + 1));
   conversation.SendCancel();  // nothing runs: no effect
   conversation.Send({5}, 3);
   EXPECT_EQ(conversation.ReadTurn().finish().reason(), v1::FINISH_REASON_LENGTH);

@@ -1,0 +1,165 @@
+// The CUDA device: one stream, one cuBLASLt handle, and a pinned ring that uploads pass through.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/cuda/common.cuh"
+
+namespace gla {
+namespace {
+
+// Exists to ask whether this build's kernels fit the GPU.
+__global__ void ProbeKernel() {}
+
+std::unique_ptr<Device> Fail(std::string* error, const std::string& reason) {
+  *error = "no CUDA device: " + reason;
+  cudaGetLastError();
+  return nullptr;
+}
+
+}  // namespace
+
+void Die(const char* file, int line, const char* expression, const char* reason) {
+  std::fprintf(stderr, "%s:%d: %s: %s\n", file, line, expression, reason);
+  std::fflush(stderr);
+  std::abort();
+}
+
+void Device::Impl::Use() {
+  thread_local int current = -1;
+  if (current == ordinal) return;
+  CUDA_CHECK(cudaSetDevice(ordinal));
+  current = ordinal;
+}
+
+Device::Device(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+std::unique_ptr<Device> Device::Open(const DeviceOptions& options, std::string* error) {
+  int count = 0;
+  cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return Fail(error, cudaGetErrorString(status));
+  if (options.ordinal < 0 || options.ordinal >= count) {
+    return Fail(error, "ordinal " + std::to_string(options.ordinal) +
+                           " asked for, this machine has " + std::to_string(count));
+  }
+  auto impl = std::make_unique<Impl>();
+  impl->ordinal = options.ordinal;
+  impl->poison = options.poison;
+  status = cudaSetDevice(options.ordinal);
+  if (status != cudaSuccess) return Fail(error, cudaGetErrorString(status));
+  impl->Use();
+
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, options.ordinal));
+  impl->name = properties.name;
+  impl->memory_total = properties.totalGlobalMem;
+  impl->max_shared_bytes = properties.sharedMemPerBlockOptin;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, ProbeKernel) != cudaSuccess) {
+    return Fail(error, impl->name + " has compute capability " + std::to_string(properties.major) +
+                           "." + std::to_string(properties.minor) +
+                           ", which this build has no kernels for");
+  }
+  CUDA_CHECK(cudaStreamCreateWithFlags(&impl->stream, cudaStreamNonBlocking));
+  CUBLAS_CHECK(cublasLtCreate(&impl->cublas));
+  CUDA_CHECK(cudaMallocHost(&impl->staging, Impl::kNumSegments * Impl::kSegmentBytes));
+  for (cudaEvent_t& event : impl->segment_copied) {
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  return std::unique_ptr<Device>(new Device(std::move(impl)));
+}
+
+Device::~Device() {
+  // A device with static lifetime may outlive the CUDA runtime, which then has freed all this
+  // itself.
+  if (cudaSetDevice(impl_->ordinal) == cudaErrorCudartUnloading) return;
+  Synchronize();
+  for (cudaEvent_t event : impl_->segment_copied) CUDA_CHECK(cudaEventDestroy(event));
+  CUDA_CHECK(cudaFreeHost(impl_->staging));
+  CUBLAS_CHECK(cublasLtDestroy(impl_->cublas));
+  CUDA_CHECK(cudaStreamDestroy(impl_->stream));
+}
+
+void* Device::Allocate(size_t bytes) {
+  impl_->Use();
+  if (bytes > impl_->memory_total) return nullptr;
+  void* memory = nullptr;
+  const cudaError_t status = cudaMalloc(&memory, std::max<size_t>(bytes, 1));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  CUDA_CHECK(status);
+  if (impl_->poison) Fill(memory, 0xFF, bytes);
+  return memory;
+}
+
+void Device::Free(void* memory) {
+  if (memory == nullptr) return;
+  Synchronize();
+  CUDA_CHECK(cudaFree(memory));
+}
+
+void Device::Upload(void* device_dst, const void* host_src, size_t bytes) {
+  Impl& impl = *impl_;
+  impl.Use();
+  char* dst = static_cast<char*>(device_dst);
+  const char* src = static_cast<const char*>(host_src);
+  while (bytes > 0) {
+    if (impl.segment_used == Impl::kSegmentBytes) {
+      CUDA_CHECK(cudaEventRecord(impl.segment_copied[impl.segment], impl.stream));
+      impl.segment = (impl.segment + 1) % Impl::kNumSegments;
+      // Returns at once on the first lap: an event never recorded counts as done.
+      CUDA_CHECK(cudaEventSynchronize(impl.segment_copied[impl.segment]));
+      impl.segment_used = 0;
+    }
+    const size_t n = std::min(bytes, Impl::kSegmentBytes - impl.segment_used);
+    char* staged = impl.staging + impl.segment * Impl::kSegmentBytes + impl.segment_used;
+    std::memcpy(staged, src, n);
+    CUDA_CHECK(cudaMemcpyAsync(dst, staged, n, cudaMemcpyHostToDevice, impl.stream));
+    impl.segment_used = std::min(RoundUp(impl.segment_used + n, size_t{256}), Impl::kSegmentBytes);
+    src += n;
+    dst += n;
+    bytes -= n;
+  }
+}
+
+void Device::Download(void* host_dst, const void* device_src, size_t bytes) {
+  impl_->Use();
+  if (bytes > 0) {
+    CUDA_CHECK(cudaMemcpyAsync(host_dst, device_src, bytes, cudaMemcpyDeviceToHost, impl_->stream));
+  }
+  Synchronize();
+}
+
+void Device::Copy(void* device_dst, const void* device_src, size_t bytes) {
+  impl_->Use();
+  if (bytes == 0) return;
+  CUDA_CHECK(
+      cudaMemcpyAsync(device_dst, device_src, bytes, cudaMemcpyDeviceToDevice, impl_->stream));
+}
+
+void Device::Fill(void* device_dst, int byte, size_t bytes) {
+  impl_->Use();
+  if (bytes == 0) return;
+  CUDA_CHECK(cudaMemsetAsync(device_dst, byte, bytes, impl_->stream));
+}
+
+void Device::Synchronize() {
+  impl_->Use();
+  CUDA_CHECK(cudaStreamSynchronize(impl_->stream));
+}
+
+const std::string& Device::name() const { return impl_->name; }
+const char* Device::backend() { return "cuda"; }
+size_t Device::memory_total() const { return impl_->memory_total; }
+
+size_t Device::memory_free() const {
+  impl_->Use();
+  size_t free = 0, total = 0;
+  CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return free;
+}
+
+}  // namespace gla

@@ -1,0 +1,79 @@
+// y = x / sqrt(mean(x^2) + eps) * weight, times gate sigmoid(gate) when a gate is given.
+//
+// kThreads threads share one group of one row: a warp for the heads, a block for the hidden size.
+// Which of the two depends on `dim` alone, so a group's bits never depend on the rest of the call.
+#include "kernels/cuda/common.cuh"
+#include "kernels/kernels.h"
+
+namespace gla {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int kBatch = 4;  // loads in flight before the first store, which the compiler cannot move
+
+template <typename X, typename Y, int kThreads>
+__global__ void __launch_bounds__(kBlock) RmsNormKernel(const RmsNormArgs a) {
+  __shared__ float shared[kBlock / 32];
+  const int item = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
+  // A whole warp leaves together; with kThreads == kBlock there is one item to a block.
+  if (item >= a.rows * a.groups) return;
+  const int64_t row = item / a.groups, offset = int64_t{item % a.groups} * a.dim;
+  const X* x = static_cast<const X*>(a.x) + row * a.x_stride + offset;
+  Y* y = static_cast<Y*>(a.y) + row * a.y_stride + offset;
+  const Y* gate =
+      a.gate == nullptr ? nullptr : static_cast<const Y*>(a.gate) + row * a.gate_stride + offset;
+  const int first = threadIdx.x % kThreads;
+  float scale = 1;
+  if (a.normalize) {
+    float squares = 0;
+#pragma unroll 4
+    for (int i = first; i < a.dim; i += kThreads) {
+      const float value = ToFloat(x[i]);
+      squares = fmaf(value, value, squares);
+    }
+    if constexpr (kThreads == 32) {
+      squares = WarpSum(squares);
+    } else {
+      squares = BlockSum<kThreads>(squares, shared);
+    }
+    scale = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+  }
+  for (int i0 = first; i0 < a.dim; i0 += kBatch * kThreads) {
+    float value[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = i0 + j * kThreads;
+      if (i >= a.dim) break;
+      value[j] = ToFloat(x[i]) * scale;
+      if (a.weight != nullptr) value[j] *= a.weight[i];
+      if (gate != nullptr) value[j] *= Silu(ToFloat(gate[i]));
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = i0 + j * kThreads;
+      if (i < a.dim) y[i] = FromFloat<Y>(value[j]);
+    }
+  }
+}
+
+}  // namespace
+
+void RmsNorm(Device& device, const RmsNormArgs& a) {
+  const int64_t items = int64_t{a.rows} * a.groups;
+  if (items == 0) return;
+  GLA_REQUIRES(items < (int64_t{1} << 31), "rows times groups");
+  const cudaStream_t stream = Queue(device);
+  WithActType(a.x_dtype, [&]<typename X>() {
+    WithActType(a.y_dtype, [&]<typename Y>() {
+      if (a.dim <= 512) {
+        const unsigned grid = GridOf(CeilDiv(items, int64_t{kBlock / 32}));
+        RmsNormKernel<X, Y, 32><<<grid, kBlock, 0, stream>>>(a);
+      } else {
+        RmsNormKernel<X, Y, kBlock><<<GridOf(items), kBlock, 0, stream>>>(a);
+      }
+    });
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace gla
