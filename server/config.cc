@@ -173,6 +173,8 @@ const std::vector<Flag>& Flags() {
       {"max-new-tokens-limit", "N", "largest max_new_tokens a request may ask for",
        Integer(&C::max_new_tokens_limit, 1, kMaxInt)},
       {"seed", "N", "makes the seeds drawn for requests without one repeatable", Seed(&C::seed)},
+      {"poison-freed-slots", "yes|no", "fill freed states with NaN, so that tests see a stale read",
+       Choice(&C::poison_freed_slots, {"yes", "no"})},
       {"shutdown-delay", "SECONDS",
        "after SIGTERM: time not ready but still serving, for balancers to notice",
        Seconds(&C::shutdown_delay)},
@@ -180,9 +182,6 @@ const std::vector<Flag>& Flags() {
        Seconds(&C::shutdown_timeout)},
       {"log-format", "text|json", "form of the log lines on stderr",
        Choice(&C::log_format, {"text", "json"})},
-      {"poison-freed-slots", "yes|no",
-       "for tests: fill the state of an ended session or request with NaN, so that a leak shows",
-       Choice(&C::poison_freed_slots, {"yes", "no"})},
       {"version", "", "print the version and exit", Switch(&C::version)},
       {"help", "", "print this and exit", Switch(&C::help)},
   };

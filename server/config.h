@@ -46,12 +46,13 @@ struct Config {
   int max_new_tokens_limit = 8192;
   std::optional<uint64_t> seed;  // drawn seeds come from this one; none: from the system
 
+  std::string poison_freed_slots = "no";  // yes | no: fill freed states with NaN, for tests
+
   // The end.
   double shutdown_delay = 0;     // seconds that SIGTERM is announced before new work is refused
   double shutdown_timeout = 25;  // seconds for running work to finish
 
   std::string log_format = "text";        // text | json
-  std::string poison_freed_slots = "no";  // yes | no; tests: freed states are filled with NaN
 
   // "help" or "version" was asked for: print it and exit 0.
   bool help = false;

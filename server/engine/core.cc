@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kTile = 64;  // see SchedulerOptions::align_chunks
 constexpr auto kIdleSleep = std::chrono::seconds(1);
+constexpr auto kCancelledByDeadline = std::chrono::milliseconds(20);
 
 bool AlignsChunks(const Model& model) {
   return model.options().prefill_form == PrefillForm::kChunkwise;
@@ -236,16 +237,23 @@ void Engine::Core::Cancel(RequestId id) {
   const auto it = sequences_.find(id);
   // One whose tokens are all made ends in the next step as it would have anyway.
   if (it == sequences_.end() || it->second->end.has_value()) return;
-  Finish(*it->second, FinishReason::kCancelled,
-         absl::CancelledError(absl::StrCat("cancelled ", Progress(*it->second))));
+  Sequence& sequence = *it->second;
+  // A client whose deadline passes cancels the call itself, a little before the deadline as it is
+  // known here.
+  if (now_ + kCancelledByDeadline >= sequence.deadline) return FinishOverdue(sequence);
+  Finish(sequence, FinishReason::kCancelled,
+         absl::CancelledError(absl::StrCat("cancelled ", Progress(sequence))));
 }
 
 void Engine::Core::EndOverdue() {
   for (Sequence* sequence : scheduler_.All()) {
-    if (now_ < sequence->deadline || sequence->end.has_value()) continue;
-    Finish(*sequence, FinishReason::kDeadline,
-           absl::DeadlineExceededError(absl::StrCat("deadline passed ", Progress(*sequence))));
+    if (now_ >= sequence->deadline && !sequence->end.has_value()) FinishOverdue(*sequence);
   }
+}
+
+void Engine::Core::FinishOverdue(Sequence& sequence) {
+  Finish(sequence, FinishReason::kDeadline,
+         absl::DeadlineExceededError(absl::StrCat("deadline passed ", Progress(sequence))));
 }
 
 void Engine::Core::Admit() {

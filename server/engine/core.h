@@ -65,6 +65,7 @@ class Engine::Core {
   absl::Status OpenSession(Sequence& sequence);
   void Cancel(RequestId id);
   void EndOverdue();
+  void FinishOverdue(Sequence& sequence);
   void ExpireSessions();
   void Admit();
   void EndEverything();

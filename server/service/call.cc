@@ -12,6 +12,8 @@
 namespace gla {
 namespace {
 
+constexpr std::chrono::milliseconds kNear(50);
+
 const char* NameOf(FinishReason reason) {
   switch (reason) {
     case FinishReason::kLength:
@@ -39,8 +41,7 @@ void Call::Begin() { service_.calls.Add(this); }
 
 grpc::Status Call::EndWith(const absl::Status& status, const FinishEvent* run) {
   end_ = status;
-  // gRPC cancels a call whose deadline passes; which of the two came is a matter of microseconds.
-  if (absl::IsCancelled(status) && context_->deadline() <= std::chrono::system_clock::now()) {
+  if (absl::IsCancelled(status) && DeadlineIsNear()) {
     end_ = absl::DeadlineExceededError("the deadline passed while the request was running");
   }
   std::map<std::string, std::string> metadata;
@@ -54,6 +55,10 @@ grpc::Status Call::EndWith(const absl::Status& status, const FinishEvent* run) {
     }
   }
   return ToGrpc(end_, context_, metadata);
+}
+
+bool Call::DeadlineIsNear() const {
+  return context_->deadline() - std::chrono::system_clock::now() <= kNear;
 }
 
 void Call::LogRun(const std::string& message, const FinishEvent& run) const {

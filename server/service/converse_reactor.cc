@@ -120,6 +120,7 @@ void ConverseReactor::OnCancel() {
   BackFromGrpc(this);
   mu_.lock();
   EndStream(absl::CancelledError("the client cancelled the stream or went away"));
+  if (DeadlineIsNear()) wants_cancel_ = false;
   Advance();
 }
 

@@ -95,7 +95,7 @@ void GenerateReactor::OnCancel() {
     MutexLock lock(&mu_);
     id = id_;
   }
-  if (id.has_value()) serving_->engine.Cancel(*id);
+  if (id.has_value() && !DeadlineIsNear()) serving_->engine.Cancel(*id);
 }
 
 void GenerateReactor::OnDone() {

@@ -55,7 +55,7 @@ class ScoreCall final : public UnaryCall, public TokenSink {
       MutexLock lock(&mu_);
       id = id_;
     }
-    if (id.has_value()) serving_->engine.Cancel(*id);
+    if (id.has_value() && !DeadlineIsNear()) serving_->engine.Cancel(*id);
   }
 
   v1::ScoreResponse* const response_;

@@ -214,7 +214,8 @@ def byte_level_json(pre_tokenizer, normalizer=None, special=("<|endoftext|>",), 
         tokenizer.normalizer = normalizer
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train([str(CORPUS)], trainer)
+    # On the hard text too: then ids show where it is cut.
+    tokenizer.train_from_iterator([CORPUS.read_text()] + HARD * 20, trainer)
     return tokenizer
 
 
@@ -327,6 +328,7 @@ CASES = {
     "nfkd, replaced": lambda: byte_level_json(
         split_then_bytes(r"\W+"), normalizer=normalizers.Sequence(
             [normalizers.NFKD(), normalizers.Replace(Regex(r" {2,}|\t"), "_")])),
+    "words": lambda: byte_level_json(split_then_bytes(r"\w+\b|[\w-]|\W\p{Han}"), size=1000),
     "tekken": tekken_json,
     "added tokens": added_of_every_kind,
     "unknown, fused": unknown(True),

@@ -136,6 +136,7 @@ INSTANTIATE_TEST_SUITE_P(
         Refused{&J::pre_tokenizer, Pattern(R"(\\X)"), "\\X is not supported"},
         Refused{&J::pre_tokenizer, Pattern("[a&&b]"), "an intersection of sets is not supported"},
         Refused{&J::pre_tokenizer, Pattern("[a[b]]"), "a set inside a set is not supported"},
+        Refused{&J::pre_tokenizer, Pattern(R"([a\\W])"), "\\W in a set is not supported"},
         Refused{&J::pre_tokenizer, Pattern("a{2}+"), "\"}+\" is not supported"},
         Refused{&J::pre_tokenizer, Pattern(R"(\\p{Nonsense})"), "unknown property"},
         Refused{&J::post_processor,
@@ -213,6 +214,19 @@ TEST(Regex, WhiteSpaceIsUnicodes) {
             (std::vector<std::string>{"\u0085\u00a0\u3000", "\u2028"}));
   EXPECT_EQ(FindAll(R"([^\s]+)", " \u180e "), std::vector<std::string>{"\u180e"});
   EXPECT_EQ(FindAll(R"(\S+)", " \u180e "), std::vector<std::string>{"\u180e"});
+}
+
+TEST(Regex, WordsTakeMarksButNotEveryNumber) {
+  EXPECT_EQ(FindAll(R"(\w+)", "e\u0301_1 \u216b"), std::vector<std::string>{"e\u0301_1"});
+  EXPECT_EQ(FindAll(R"(\W)", "e\u0301!"), std::vector<std::string>{"!"});
+  EXPECT_EQ(FindAll(R"(e\b)", "e\u0301 e"), std::vector<std::string>{"e"});
+}
+
+TEST(Regex, ScriptsAreTakenWithoutTheirExtensions) {
+  // U+3001 is of no script of its own, but used with Han.
+  EXPECT_EQ(FindAll(R"(\p{Han}+)", "\u6f22\u3001\u5b57"),
+            (std::vector<std::string>{"\u6f22", "\u5b57"}));
+  EXPECT_EQ(FindAll(R"([^\P{Han}\p{^Lu}])", "\u6f22A"), std::vector<std::string>{});
 }
 
 TEST(Regex, EmptyMatchesAreFoundOnceAtEachPlace) {

@@ -20,67 +20,95 @@ constexpr uint32_t kMaxHeapKilobytes = 64 * 1024;
 constexpr uint64_t kStepsPerByte = 100;
 constexpr uint64_t kMinSteps = 1'000'000;
 
-// Unicode's white space. PCRE2's own \s takes U+180E too, which is none since Unicode 6.3.
-constexpr std::string_view kSpaces =
+// Sets that the dialect means by \s and \w: Unicode's white space (PCRE2's own \s takes U+180E
+// too), and words with marks (which PCRE2's own \w leaves out).
+constexpr std::string_view kSpace =
     "\\x{9}-\\x{D}\\x{20}\\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}"
     "\\x{205F}\\x{3000}";
+constexpr std::string_view kWord = "\\p{L}\\p{M}\\p{Nd}\\p{Pc}";
 
 absl::Status PatternError(std::string_view pattern, std::string_view what) {
   return absl::InvalidArgumentError(
       absl::StrCat("pattern ", QuoteForMessage(pattern), ": ", std::string(what)));
 }
 
+// What stands for `escape`, a backslash and a character: text, or nothing when both dialects read
+// it the same way. `in_set`: inside of [].
+std::string EscapeForPcre(char escape, bool in_set) {
+  const auto set = [](std::string_view open, std::string_view members) {
+    return absl::StrCat(std::string(open), std::string(members), "]");
+  };
+  switch (escape) {
+    case 's':
+      return in_set ? std::string(kSpace) : set("[", kSpace);
+    case 'w':
+      return in_set ? std::string(kWord) : set("[", kWord);
+    case 'S':
+      return set("[^", kSpace);
+    case 'W':
+      return set("[^", kWord);
+    case 'b': {  // in a set, a backspace
+      const std::string word = set("[", kWord);
+      return in_set
+                 ? ""
+                 : absl::StrCat("(?:(?<=", word, ")(?!", word, ")|(?<!", word, ")(?=", word, "))");
+    }
+    default:
+      return "";
+  }
+}
+
 // The pattern as PCRE2 has to read it, or an error for what the two dialects read differently.
 absl::StatusOr<std::string> Translate(std::string_view pattern) {
   std::string out;
-  bool in_class = false;
+  bool in_set = false;
   for (size_t i = 0; i < pattern.size(); ++i) {
     const std::string_view rest = pattern.substr(i);
     const char c = pattern[i];
-    if (c == '\\') {
-      const char escaped = rest.size() > 1 ? rest[1] : '\0';
-      if (escaped == 's') {
-        out += in_class ? std::string(kSpaces) : absl::StrCat("[", std::string(kSpaces), "]");
-      } else if (escaped == 'S' && !in_class) {
-        absl::StrAppend(&out, "[^", std::string(kSpaces), "]");
-      } else if (std::string_view("CEGHKNQRXZghkyYzO").find(escaped) != std::string_view::npos) {
-        return PatternError(pattern,
-                            absl::StrCat("\\", std::string(1, escaped), " is not supported"));
-      } else {
-        // \p{..} and \x{..} are one thing with what is in the braces.
-        const bool takes_braces = std::string_view("pPx").find(escaped) != std::string_view::npos;
-        const size_t brace = takes_braces && rest.size() > 2 && rest[2] == '{' ? rest.find('}') : 1;
-        if (brace == rest.npos) return PatternError(pattern, "expected \"}\"");
-        out.append(rest.substr(0, brace + 1));
-        i += brace - 1;
-      }
+    if (c == '\\' && rest.size() > 1) {
+      const char escape = rest[1];
+      const bool has_braces = rest.size() > 2 && rest[2] == '{';
       ++i;
+      if (std::string_view("BCEGHKNOQRVXYZghkvyz").find(escape) != std::string_view::npos ||
+          (in_set && (escape == 'S' || escape == 'W'))) {
+        return PatternError(
+            pattern, absl::StrCat("\\", std::string(1, escape), in_set ? " in a set is" : " is",
+                                  " not supported"));
+      }
+      if (std::string_view("pPx").find(escape) != std::string_view::npos && has_braces) {
+        const size_t end = rest.find('}');
+        if (end == rest.npos) return PatternError(pattern, "expected \"}\"");
+        std::string_view name = rest.substr(3, end - 3);
+        absl::StrAppend(&out, "\\", std::string(1, escape), "{");
+        if (name.starts_with('^')) {
+          out.push_back('^');
+          name.remove_prefix(1);
+        }
+        // Longer names than a category's are scripts; by itself PCRE2 takes their extensions too.
+        if (escape != 'x' && name.size() > 2) out += "sc:";
+        absl::StrAppend(&out, std::string(name), "}");
+        i += end - 1;
+        continue;
+      }
+      const std::string replacement = EscapeForPcre(escape, in_set);
+      out += replacement.empty() ? std::string(rest.substr(0, 2)) : replacement;
       continue;
     }
-    if (in_class && c == '[' && !rest.starts_with("[:")) {
-      return PatternError(pattern, "a set inside a set is not supported");
-    }
-    if (in_class && rest.starts_with("&&")) {
+    if (in_set && c == '[') return PatternError(pattern, "a set inside a set is not supported");
+    if (in_set && rest.starts_with("&&")) {
       return PatternError(pattern, "an intersection of sets is not supported");
     }
-    if (!in_class && rest.starts_with("}+")) {
+    if (!in_set && rest.starts_with("}+")) {
       return PatternError(pattern, "\"}+\" is not supported");
     }
-    if (in_class && rest.starts_with("[:")) {
-      const size_t end = rest.find(":]");
-      if (end == rest.npos) return PatternError(pattern, "expected \":]\" after \"[:\"");
-      out.append(rest.substr(0, end + 2));
-      i += end + 1;
-      continue;
-    }
     out.push_back(c);
-    if (!in_class && c == '[') {
-      in_class = true;
+    if (!in_set && c == '[') {
+      in_set = true;
       // A ']' that comes first stands for itself.
       if (i + 1 < pattern.size() && pattern[i + 1] == '^') out.push_back(pattern[++i]);
       if (i + 1 < pattern.size() && pattern[i + 1] == ']') out.push_back(pattern[++i]);
     } else if (c == ']') {
-      in_class = false;
+      in_set = false;
     }
   }
   return out;
