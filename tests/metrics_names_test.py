@@ -11,7 +11,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent / "e2e"))
 from harness import ROOT, Server, generate  # noqa: E402
 
 DASHBOARD = ROOT / "deploy/grafana/gla-server.json"
-DOCUMENTS = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/README.md"))
+FOLDERS = [ROOT / name for name in ("proto", "kernels", "server", "client", "deploy", "tests")]
+DOCUMENTS = sorted(ROOT.glob("*.md")) + [path for folder in FOLDERS
+                                         for path in sorted(folder.rglob("*.md"))]
 OURS = r"\b(?:gla|process)_[a-z0-9_]+"
 
 
@@ -69,8 +71,8 @@ def test_every_metric_of_ours_is_on_the_dashboard(series):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_documents_name_what_exists(document, series):
-    cmake = "\n".join(path.read_text() for path in ROOT.glob("**/CMakeLists.txt")
-                      if "build" not in path.relative_to(ROOT).parts)
+    cmake = "\n".join(path.read_text() for folder in FOLDERS
+                      for path in folder.rglob("CMakeLists.txt"))
     for name in re.findall(r"\bgla_[a-z0-9_]+", document.read_text()):
         known = name in series or f"{name}_bucket" in series or re.search(rf"\b{name}\b", cmake)
         assert known, f"{document.name} names {name}, which is neither a metric nor a target"

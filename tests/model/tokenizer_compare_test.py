@@ -235,7 +235,7 @@ def tekken_json():
         table[byte] = chr(byte if printable else following)
         following += not printable
     data = json.loads((MISTRAL / "tekken_240911.json").read_text())
-    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in data["vocab"][:60000]}
+    ranks = {base64.b64decode(t["token_bytes"]): t["rank"] for t in data["vocab"][:30000]}
     spell = lambda token: "".join(table[b] for b in token)  # noqa: E731
     merges = []
     for token, rank in ranks.items():
@@ -356,7 +356,7 @@ def test_tokenizer_json_is_the_package(tmp_path, name):
     def decode(ids):
         return package.decode(ids, skip_special_tokens=False)
 
-    judge(ours, encode, decode, HARD + (RANDOM if name in MAIN else RANDOM[:400]))
+    judge(ours, encode, decode, HARD + (RANDOM if name in MAIN or name == "words" else RANDOM[:400]))
     judge(ours, lambda text: package.encode(text).ids, decode, HARD[:10], add_special=True)
     package.encode_special_tokens = True
     judge(ours, encode, decode, HARD, parse_special=False)

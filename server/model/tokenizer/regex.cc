@@ -25,7 +25,7 @@ constexpr uint64_t kMinSteps = 1'000'000;
 constexpr std::string_view kSpace =
     "\\x{9}-\\x{D}\\x{20}\\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}"
     "\\x{205F}\\x{3000}";
-constexpr std::string_view kWord = "\\p{L}\\p{M}\\p{Nd}\\p{Pc}";
+constexpr std::string_view kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
 
 absl::Status PatternError(std::string_view pattern, std::string_view what) {
   return absl::InvalidArgumentError(
