@@ -70,7 +70,8 @@ ModelOptions OptionsForModel(const Config& config) {
   options.dtype = DTypeOf(config);
   options.max_rows = config.max_num_batched_tokens;
   options.max_seqs = config.max_num_seqs;
-  options.max_logit_rows = std::max(options.max_logit_rows, config.max_num_seqs);
+  // A row per running sequence, and room for a tile of a prompt that is scored.
+  options.max_logit_rows = std::max(options.max_logit_rows, config.max_num_seqs + 63);
   options.prefill_form =
       config.prefill_form == "chunkwise" ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
   return options;

@@ -164,7 +164,7 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(Device& device, const ModelCo
 
 absl::StatusOr<std::unique_ptr<Model>> Model::Random(Device& device, const ModelConfig& config,
                                                      uint64_t seed, const ModelOptions& options) {
-  RandomSource source(seed);
+  RandomWeightSource source(seed);
   return Impl::Build(device, config, options, source);
 }
 

@@ -63,7 +63,7 @@ absl::StatusOr<HostWeight> CheckpointSource::Get(const std::string& name,
   return HostWeight{AsMatrix(tensor->data, WeightDType(*tensor), shape), {}};
 }
 
-absl::StatusOr<HostWeight> RandomSource::Get(const std::string& name,
+absl::StatusOr<HostWeight> RandomWeightSource::Get(const std::string& name,
                                              absl::Span<const int64_t> shape) {
   HostWeight weight;
   weight.matrix = AsMatrix(nullptr, DType::kBFloat16, shape);

@@ -40,9 +40,9 @@ class CheckpointSource : public WeightSource {
 
 // bfloat16 values that depend on the seed, the name and the index alone: matrices uniform with
 // variance 1 / columns, vectors of scale near 1, biases near 0. Makes whatever is asked for.
-class RandomSource : public WeightSource {
+class RandomWeightSource : public WeightSource {
  public:
-  explicit RandomSource(uint64_t seed) : seed_(seed) {}
+  explicit RandomWeightSource(uint64_t seed) : seed_(seed) {}
   bool Lists(const std::string&) const override { return false; }
   absl::StatusOr<HostWeight> Get(const std::string& name, absl::Span<const int64_t> shape) override;
 
