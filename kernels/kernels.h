@@ -154,8 +154,8 @@ struct RotaryArgs {
   int rows, heads, dim;
   int64_t x_stride;
   float base = 10000.0f;
-  // Round each base^(-2 i / K) to bfloat16: what fla computes after a model was cast to bfloat16 and
-  // back to float32 (the cast rounds its table too).
+  // Round each base^(-2 i / K) to bfloat16: what fla computes after a model was cast to bfloat16
+  // and back to float32 (the cast rounds its table too).
   bool bfloat16_frequencies = false;
   DType dtype;
 };
@@ -244,14 +244,16 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
 
 // Sampling of one row. Applied in this order (as vLLM does): logit bias; repetition, then presence
 // and frequency penalties; temperature; top-k; top-p; min-p; draw. Both backends implement exactly:
-//   l_i    the logit; of an adjusted token: + bias; then, when seen, / repetition_penalty if positive,
+//   l_i    the logit; of an adjusted token: + bias; then, when seen, / repetition_penalty if
+//   positive,
 //          else * repetition_penalty; then - frequency_penalty * generated_count, and
 //          - presence_penalty when generated_count > 0.
 //          The row is invalid (token -1) when an l_i is NaN or +inf, or all are -inf.
 //   order  likelier = larger l_i, on a tie the lower id. Greedy takes the likeliest.
 //   e_i    exp((l_i - max l) / temperature), float32; the likeliest has e = 1.
 //   top-k  keeps the k likeliest.
-//   top-p  of those, the shortest run of likeliest tokens whose sum of e is >= top_p times the sum of
+//   top-p  of those, the shortest run of likeliest tokens whose sum of e is >= top_p times the sum
+//   of
 //          those; the token that reaches it is kept, and the likeliest always.
 //   min-p  of those, the tokens with e_i >= min_p.
 //   draw   u in [0, 1): word 0 of Philox4x32-10 (Salmon et al. 2011), 10 rounds, with key words

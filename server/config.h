@@ -52,7 +52,7 @@ struct Config {
   double shutdown_delay = 0;     // seconds that SIGTERM is announced before new work is refused
   double shutdown_timeout = 25;  // seconds for running work to finish
 
-  std::string log_format = "text";        // text | json
+  std::string log_format = "text";  // text | json
 
   // "help" or "version" was asked for: print it and exit 0.
   bool help = false;

@@ -32,7 +32,8 @@ HttpPages Pages(Metrics& metrics, Server& server, Logger& log, const Loaded& loa
 // From SIGTERM to the last byte, in the order that clients and balancers need.
 void Drain(const Config& config, Shutdown& shutdown, Metrics& metrics, Loaded& loaded,
            Server& server, Logger& log) {
-  log.Info("draining", {{"delay_s", config.shutdown_delay}, {"timeout_s", config.shutdown_timeout}});
+  log.Info("draining",
+           {{"delay_s", config.shutdown_delay}, {"timeout_s", config.shutdown_timeout}});
   metrics.draining.Set(1);
   loaded.SetState(ServingState::kDraining);
   server.SetNotServing();

@@ -1,5 +1,5 @@
-// The parts of the server that need the checkpoint: device, model, tokenizer, engine, in the order in
-// which they can be had.
+// The parts of the server that need the checkpoint: device, model, tokenizer, engine, in the order
+// in which they can be had.
 #pragma once
 
 #include <atomic>
@@ -21,7 +21,8 @@
 
 namespace gla {
 
-// What is known in a moment: enough for metrics, so that the ports open before the weights are read.
+// What is known in a moment: enough for metrics, so that the ports open before the weights are
+// read.
 struct Ground {
   std::unique_ptr<Device> device;
   ModelConfig model_config;
@@ -31,8 +32,8 @@ absl::StatusOr<Ground> OpenGround(const Config& config);
 
 enum class ServingState { kLoading, kReady, kDraining };
 
-// The loaded checkpoint and its engine. Load() and SetState() belong to one thread; the questions come
-// from any.
+// The loaded checkpoint and its engine. Load() and SetState() belong to one thread; the questions
+// come from any.
 class Loaded {
  public:
   // Reads weights and tokenizer, sizes the states, starts the engine and lets it prove itself.

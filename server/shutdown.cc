@@ -19,7 +19,8 @@ void ProtectStandardStreams() {
   signal(SIGPIPE, SIG_IGN);
   for (int fd = 0; fd <= 2; ++fd) {
     // open() gives the lowest free number, which is this one.
-    if (fcntl(fd, F_GETFD) < 0) [[maybe_unused]] const int opened = open("/dev/null", O_RDWR);
+    if (fcntl(fd, F_GETFD) < 0) [[maybe_unused]]
+      const int opened = open("/dev/null", O_RDWR);
   }
 }
 

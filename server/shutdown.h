@@ -1,5 +1,5 @@
-// SIGTERM and SIGINT: waited for, never handled in between; and the watchdog that ends a shutdown which
-// takes too long.
+// SIGTERM and SIGINT: waited for, never handled in between; and the watchdog that ends a shutdown
+// which takes too long.
 //
 // Made first thing in main, so that every later thread inherits the blocked signals.
 #pragma once
@@ -20,8 +20,8 @@ inline constexpr int kExitWatchdog = 4;
 
 class Shutdown {
  public:
-  // Until SetReady() a signal ends the process at once with kExitDrained: there is nothing to drain.
-  // `patience` after the first signal the process ends with kExitWatchdog.
+  // Until SetReady() a signal ends the process at once with kExitDrained: there is nothing to
+  // drain. `patience` after the first signal the process ends with kExitWatchdog.
   Shutdown(Logger& log, absl::Duration patience);
   ~Shutdown();
 

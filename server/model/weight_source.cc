@@ -64,7 +64,7 @@ absl::StatusOr<HostWeight> CheckpointSource::Get(const std::string& name,
 }
 
 absl::StatusOr<HostWeight> RandomWeightSource::Get(const std::string& name,
-                                             absl::Span<const int64_t> shape) {
+                                                   absl::Span<const int64_t> shape) {
   HostWeight weight;
   weight.matrix = AsMatrix(nullptr, DType::kBFloat16, shape);
   const int64_t count = int64_t{weight.matrix.rows} * weight.matrix.cols;

@@ -55,8 +55,8 @@ class Call {
 
   // Notes how the call ends and gives the status for the wire. `run` is what the engine did for it.
   grpc::Status EndWith(const absl::Status& status, const FinishEvent* run = nullptr);
-  // A client whose deadline passes cancels the call, a moment before our own clock says so: then the
-  // engine is left to end the request by its deadline, and the metrics tell the truth.
+  // A client whose deadline passes cancels the call, a moment before our own clock says so: then
+  // the engine is left to end the request by its deadline, and the metrics tell the truth.
   bool DeadlineIsNear() const;
   // One line about a generation or scoring that ended: a "request", or a "turn" of one.
   void LogRun(const std::string& message, const FinishEvent& run) const;

@@ -218,8 +218,8 @@ absl::StatusOr<GenerateParams> ToParams(const v1::GenerateRequest& request, cons
   GLA_RETURN_IF_ERROR(CheckModel(request.model(), serving));
   GLA_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   GenerateParams params;
-  params.request_id =
-      request.request_id().empty() ? absl::StrCat("r-", RandomSource::Hex(8)) : request.request_id();
+  params.request_id = request.request_id().empty() ? absl::StrCat("r-", RandomSource::Hex(8))
+                                                   : request.request_id();
   GLA_RETURN_IF_ERROR(SetSession(request, params));
   params.max_new_tokens = request.has_max_new_tokens()
                               ? request.max_new_tokens()
@@ -242,8 +242,8 @@ absl::StatusOr<ScoreParams> ToParams(const v1::ScoreRequest& request, const Serv
   GLA_RETURN_IF_ERROR(CheckModel(request.model(), serving));
   GLA_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   ScoreParams params;
-  params.request_id =
-      request.request_id().empty() ? absl::StrCat("r-", RandomSource::Hex(8)) : request.request_id();
+  params.request_id = request.request_id().empty() ? absl::StrCat("r-", RandomSource::Hex(8))
+                                                   : request.request_id();
   const std::string field = request.has_text() ? "text" : "token_ids";
   if (request.has_text()) {
     GLA_ASSIGN_OR_RETURN(params.tokens, EncodeText(request.text(), true, serving));

@@ -60,7 +60,8 @@ TEST(Config, BytesHaveSuffixes) {
   EXPECT_EQ(Parse({"--state-memory=3KiB"})->state_memory, 3072);
   EXPECT_EQ(Parse({"--state-memory=1.5GiB"})->state_memory, 3ll << 29);
   for (const char* bad : {"", "-1", "0", "1GB", "nan", "inf", "1e30", "KiB", "1 MiB x"}) {
-    EXPECT_THAT(ErrorOf({std::string("--state-memory=") + bad}), HasSubstr("--state-memory: expected"))
+    EXPECT_THAT(ErrorOf({std::string("--state-memory=") + bad}),
+                HasSubstr("--state-memory: expected"))
         << bad;
   }
 }
@@ -68,9 +69,9 @@ TEST(Config, BytesHaveSuffixes) {
 TEST(Config, ABadValueNamesFlagValueAndWhatWasExpected) {
   EXPECT_EQ(ErrorOf({"--port=65536"}), "--port: expected an integer in 0 .. 65535, got \"65536\"");
   EXPECT_EQ(ErrorOf({"--port=80x"}), "--port: expected an integer in 0 .. 65535, got \"80x\"");
-  EXPECT_EQ(ErrorOf({"--dtype=float16"}),
-            "--dtype: expected float32 or bfloat16, got \"float16\"");
-  EXPECT_THAT(ErrorOf({"--shutdown-timeout=nan"}), HasSubstr("--shutdown-timeout: expected seconds"));
+  EXPECT_EQ(ErrorOf({"--dtype=float16"}), "--dtype: expected float32 or bfloat16, got \"float16\"");
+  EXPECT_THAT(ErrorOf({"--shutdown-timeout=nan"}),
+              HasSubstr("--shutdown-timeout: expected seconds"));
   EXPECT_THAT(ErrorOf({"--nope=1"}), HasSubstr("got \"--nope\""));
   EXPECT_THAT(ErrorOf({"stray"}), HasSubstr("got \"stray\""));
   EXPECT_THAT(ErrorOf({"--port"}), HasSubstr("--port: expected a value"));
@@ -82,10 +83,9 @@ TEST(Config, FlagsThatDoNotFitTogetherAreRefused) {
               HasSubstr("--max-num-batched-tokens: expected at least --max-num-seqs = 64, got 32"));
   EXPECT_THAT(ErrorOf({"--port=80", "--http-port=80"}), HasSubstr("--http-port"));
   EXPECT_THAT(ErrorOf({"--max-num-queued-tokens=10"}), HasSubstr("--max-prompt-tokens"));
-  EXPECT_THAT(std::string(ParseConfig({}, [](const std::string&) { return nullptr; })
-                              .status()
-                              .message()),
-              HasSubstr("--model: expected"));
+  EXPECT_THAT(
+      std::string(ParseConfig({}, [](const std::string&) { return nullptr; }).status().message()),
+      HasSubstr("--model: expected"));
 }
 
 TEST(Config, HelpNamesEveryFlagAndItsDefault) {

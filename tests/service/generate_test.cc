@@ -65,8 +65,8 @@ TEST_F(GenerateTest, TextGetsTheBeginTokenAtTheStartOnly) {
   request.set_text("In the beginning");
   const Answer from_text = Generate(*server_, request);
   EXPECT_EQ(from_text.finish.usage().tokens_prefilled(), with_begin.token_ids_size());
-  const Answer from_ids = Generate(
-      *server_, Greedy({with_begin.token_ids().begin(), with_begin.token_ids().end()}, 4));
+  const Answer from_ids =
+      Generate(*server_, Greedy({with_begin.token_ids().begin(), with_begin.token_ids().end()}, 4));
   EXPECT_EQ(from_text.token_ids, from_ids.token_ids);
 
   grpc::ClientContext create;
@@ -151,7 +151,8 @@ TEST_F(GenerateTest, ADeadlineInThePastIsDeadlineExceeded) {
 }
 
 TEST_F(GenerateTest, ACancelledStreamLeavesTheBatchAtOnce) {
-  const double before = server_->Metric("gla_requests_total{code=\"CANCELLED\",method=\"Generate\"}");
+  const double before =
+      server_->Metric("gla_requests_total{code=\"CANCELLED\",method=\"Generate\"}");
   grpc::ClientContext context;
   const auto reader = server_->inference->Generate(&context, Greedy({1}, 8192));
   v1::GenerateResponse message;
@@ -211,8 +212,9 @@ TEST_F(GenerateTest, CancelsAndEndsRaceWithoutHarm) {
         while (reader->Read(&message)) {
         }
         const grpc::StatusCode code = reader->Finish().error_code();
-        ++(code == grpc::StatusCode::OK ? ok : code == grpc::StatusCode::CANCELLED ? cancelled
-                                                                                    : other);
+        ++(code == grpc::StatusCode::OK          ? ok
+           : code == grpc::StatusCode::CANCELLED ? cancelled
+                                                 : other);
       }
     });
   }

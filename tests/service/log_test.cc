@@ -32,22 +32,24 @@ struct Pipe {
 };
 
 TEST(Log, TextIsOneReadableLine) {
-  EXPECT_EQ(Logger::Format(LogFormat::kText, kTime, "info", "request",
-                           {{"id", "r-1"}, {"tokens", 5}, {"s", 0.25}, {"session", true},
-                            {"why", "a b"}}),
-            "2023-11-14T22:13:20.123Z info request id=r-1 tokens=5 s=0.25 session=true why=\"a b\"\n");
+  EXPECT_EQ(
+      Logger::Format(
+          LogFormat::kText, kTime, "info", "request",
+          {{"id", "r-1"}, {"tokens", 5}, {"s", 0.25}, {"session", true}, {"why", "a b"}}),
+      "2023-11-14T22:13:20.123Z info request id=r-1 tokens=5 s=0.25 session=true why=\"a b\"\n");
 }
 
 TEST(Log, JsonIsOneObject) {
-  EXPECT_EQ(Logger::Format(LogFormat::kJson, kTime, "warn", "say \"hi\"",
-                           {{"id", "x\n"}, {"nan", std::numeric_limits<double>::quiet_NaN()}}),
-            "{\"time\":\"2023-11-14T22:13:20.123Z\",\"level\":\"warn\",\"message\":\"say \\\"hi\\\"\","
-            "\"id\":\"x\\u000a\",\"nan\":null}\n");
+  EXPECT_EQ(
+      Logger::Format(LogFormat::kJson, kTime, "warn", "say \"hi\"",
+                     {{"id", "x\n"}, {"nan", std::numeric_limits<double>::quiet_NaN()}}),
+      "{\"time\":\"2023-11-14T22:13:20.123Z\",\"level\":\"warn\",\"message\":\"say \\\"hi\\\"\","
+      "\"id\":\"x\\u000a\",\"nan\":null}\n");
 }
 
 TEST(Log, ALongValueIsCut) {
-  const std::string line = Logger::Format(LogFormat::kText, kTime, "info", "m",
-                                          {{"v", std::string(5000, 'x')}});
+  const std::string line =
+      Logger::Format(LogFormat::kText, kTime, "info", "m", {{"v", std::string(5000, 'x')}});
   EXPECT_LT(line.size(), 2000u);
   EXPECT_THAT(line, HasSubstr("xxx..."));
 }

@@ -20,7 +20,8 @@ namespace {
 using testing::HasSubstr;
 
 StaticFacts Facts() {
-  return {.version = "1", .backend = "cpu", .device = "d", .model = "m", .family = "gla", .dtype = "f"};
+  return {
+      .version = "1", .backend = "cpu", .device = "d", .model = "m", .family = "gla", .dtype = "f"};
 }
 
 // Names of the metrics, without _bucket, _sum and _count.
@@ -36,17 +37,36 @@ std::set<std::string> Names(const std::string& text) {
 TEST(Metrics, EveryNameOfTheContractExistsFromTheStart) {
   Metrics metrics(Facts());
   const std::set<std::string> names = Names(metrics.Render());
-  for (const char* name :
-       {"gla_requests_total", "gla_requests_running", "gla_requests_queued",
-        "gla_rejections_total", "gla_request_duration_seconds", "gla_queue_time_seconds",
-        "gla_prefill_time_seconds", "gla_decode_time_seconds", "gla_time_to_first_token_seconds",
-        "gla_inter_token_latency_seconds", "gla_finished_total", "gla_prompt_tokens_total",
-        "gla_generated_tokens_total", "gla_restored_tokens_total", "gla_step_duration_seconds",
-        "gla_step_batch_size", "gla_step_tokens", "gla_state_slots", "gla_state_bytes_per_session",
-        "gla_sessions", "gla_sessions_created_total", "gla_sessions_ended_total",
-        "gla_numeric_guard_trips_total", "gla_build_info", "gla_uptime_seconds",
-        "gla_device_memory_total_bytes", "gla_device_memory_used_bytes",
-        "process_start_time_seconds", "process_resident_memory_bytes", "process_open_fds"}) {
+  for (const char* name : {"gla_requests_total",
+                           "gla_requests_running",
+                           "gla_requests_queued",
+                           "gla_rejections_total",
+                           "gla_request_duration_seconds",
+                           "gla_queue_time_seconds",
+                           "gla_prefill_time_seconds",
+                           "gla_decode_time_seconds",
+                           "gla_time_to_first_token_seconds",
+                           "gla_inter_token_latency_seconds",
+                           "gla_finished_total",
+                           "gla_prompt_tokens_total",
+                           "gla_generated_tokens_total",
+                           "gla_restored_tokens_total",
+                           "gla_step_duration_seconds",
+                           "gla_step_batch_size",
+                           "gla_step_tokens",
+                           "gla_state_slots",
+                           "gla_state_bytes_per_session",
+                           "gla_sessions",
+                           "gla_sessions_created_total",
+                           "gla_sessions_ended_total",
+                           "gla_numeric_guard_trips_total",
+                           "gla_build_info",
+                           "gla_uptime_seconds",
+                           "gla_device_memory_total_bytes",
+                           "gla_device_memory_used_bytes",
+                           "process_start_time_seconds",
+                           "process_resident_memory_bytes",
+                           "process_open_fds"}) {
     EXPECT_TRUE(names.contains(name)) << name;
   }
 }
@@ -108,9 +128,10 @@ std::string Get(int port, const std::string& path) {
 
 TEST(Http, PagesAnswerByTheirState) {
   std::string not_ready = "loading";
-  const auto http = *HttpServer::Start("127.0.0.1", 0, {.metrics = [] { return "a_metric 1\n"; },
-                                                        .not_live = [] { return ""; },
-                                                        .not_ready = [&] { return not_ready; }});
+  const auto http = *HttpServer::Start("127.0.0.1", 0,
+                                       {.metrics = [] { return "a_metric 1\n"; },
+                                        .not_live = [] { return ""; },
+                                        .not_ready = [&] { return not_ready; }});
   EXPECT_THAT(Get(http->port(), "/metrics"), HasSubstr("a_metric 1\n"));
   EXPECT_THAT(Get(http->port(), "/metrics"), HasSubstr("version=0.0.4"));
   EXPECT_THAT(Get(http->port(), "/livez"), HasSubstr("200"));
@@ -118,15 +139,14 @@ TEST(Http, PagesAnswerByTheirState) {
   not_ready = "";
   EXPECT_THAT(Get(http->port(), "/readyz"), HasSubstr("200"));
   EXPECT_THAT(Get(http->port(), "/other"), HasSubstr("404"));
-  EXPECT_THAT(Ask(http->port(), "GET /livez HTTP/1.1\r\nHost: " + std::string(20000, 'h') +
-                                    "\r\n\r\n"),
-              testing::Not(HasSubstr("200 OK")));
+  EXPECT_THAT(
+      Ask(http->port(), "GET /livez HTTP/1.1\r\nHost: " + std::string(20000, 'h') + "\r\n\r\n"),
+      testing::Not(HasSubstr("200 OK")));
 }
 
 TEST(Http, ATakenPortIsAnErrorThatNamesIt) {
-  const HttpPages pages = {.metrics = [] { return ""; },
-                           .not_live = [] { return ""; },
-                           .not_ready = [] { return ""; }};
+  const HttpPages pages = {
+      .metrics = [] { return ""; }, .not_live = [] { return ""; }, .not_ready = [] { return ""; }};
   const auto first = *HttpServer::Start("127.0.0.1", 0, pages);
   const auto second = HttpServer::Start("127.0.0.1", first->port(), pages);
   ASSERT_FALSE(second.ok());
@@ -134,9 +154,10 @@ TEST(Http, ATakenPortIsAnErrorThatNamesIt) {
 }
 
 TEST(Http, SilentConnectionsDoNotKeepAProbeWaiting) {
-  const auto http = *HttpServer::Start("127.0.0.1", 0, {.metrics = [] { return ""; },
-                                                        .not_live = [] { return ""; },
-                                                        .not_ready = [] { return ""; }});
+  const auto http = *HttpServer::Start("127.0.0.1", 0,
+                                       {.metrics = [] { return ""; },
+                                        .not_live = [] { return ""; },
+                                        .not_ready = [] { return ""; }});
   std::vector<int> silent;
   sockaddr_in address = {};
   address.sin_family = AF_INET;

@@ -22,8 +22,7 @@ constexpr char kServiceUnknown[] = "\x08\x03";
 
 // grpc.health.v1.HealthCheckRequest{service}.
 std::string HealthRequest(const std::string& service) {
-  return service.empty() ? ""
-                         : std::string("\x0a") + static_cast<char>(service.size()) + service;
+  return service.empty() ? "" : std::string("\x0a") + static_cast<char>(service.size()) + service;
 }
 
 std::string Check(TestServer& server, const std::string& service, grpc::Status* status) {
@@ -69,16 +68,17 @@ TEST(Health, WatchSeesTheLoadingAndTheDrain) {
   server.server->SetNotServing();
   watcher.join();
   EXPECT_THAT(seen, testing::ElementsAre(kNotServing, kServing, kNotServing));
-  EXPECT_EQ(RawCall(server.NewChannel(), "/grpc.health.v1.Health/Watch", HealthRequest("nobody"), 1),
-            std::vector<std::string>{kServiceUnknown});
+  EXPECT_EQ(
+      RawCall(server.NewChannel(), "/grpc.health.v1.Health/Watch", HealthRequest("nobody"), 1),
+      std::vector<std::string>{kServiceUnknown});
 }
 
 TEST(Reflection, ListsTheServices) {
   TestServer server({}, /*loading=*/true);
   // ServerReflectionRequest{list_services: "*"}
-  const auto answers = RawCall(
-      server.channel, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "\x3a\x01*",
-      1);
+  const auto answers =
+      RawCall(server.channel, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+              "\x3a\x01*", 1);
   ASSERT_EQ(answers.size(), 1u);
   EXPECT_THAT(answers[0], HasSubstr("gla.v1.InferenceService"));
   EXPECT_THAT(answers[0], HasSubstr("gla.v1.SessionService"));
@@ -154,10 +154,12 @@ TEST(Drain, StopEndsStreamsWhoseReaderDoesNotRead) {
   request.set_logprobs(20);
   grpc::ClientContext context;
   const auto reader = stub->Generate(&context, request);
-  ASSERT_TRUE(WaitFor([&] {
-    return server->Metric("gla_requests_running") == 0 &&
-           server->Metric("gla_generated_tokens_total") == 3000;
-  }, 60));
+  ASSERT_TRUE(WaitFor(
+      [&] {
+        return server->Metric("gla_requests_running") == 0 &&
+               server->Metric("gla_generated_tokens_total") == 3000;
+      },
+      60));
   EXPECT_EQ(server->server->num_calls(), 1);
   const auto began = std::chrono::steady_clock::now();
   server.reset();
@@ -182,8 +184,8 @@ TEST(Drain, StopEndsRunningStreamsAsUnavailable) {
 
 TEST(Listener, ATakenPortIsAnErrorThatNamesIt) {
   TestServer server({}, /*loading=*/true);
-  const auto second = Server::Start(
-      *server.service, {.host = "127.0.0.1", .port = server.server->port()});
+  const auto second =
+      Server::Start(*server.service, {.host = "127.0.0.1", .port = server.server->port()});
   ASSERT_FALSE(second.ok());
   EXPECT_THAT(std::string(second.status().message()),
               HasSubstr("127.0.0.1:" + std::to_string(server.server->port())));
@@ -191,8 +193,8 @@ TEST(Listener, ATakenPortIsAnErrorThatNamesIt) {
 
 TEST(Listener, ServesIpv6) {
   TestServer server({"--host=::1"}, /*loading=*/true);
-  const auto channel =
-      grpc::CreateChannel(HostPort("::1", server.server->port()), grpc::InsecureChannelCredentials());
+  const auto channel = grpc::CreateChannel(HostPort("::1", server.server->port()),
+                                           grpc::InsecureChannelCredentials());
   grpc::ClientContext context;
   v1::GetModelInfoResponse info;
   const grpc::Status status =
@@ -240,8 +242,8 @@ TEST(Listener, AcceptsAgainAfterDescriptorsRanOut) {
   context.set_wait_for_ready(true);
   context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(5));
   v1::GetModelInfoResponse info;
-  const grpc::Status status = v1::InferenceService::NewStub(server.NewChannel())
-                                  ->GetModelInfo(&context, {}, &info);
+  const grpc::Status status =
+      v1::InferenceService::NewStub(server.NewChannel())->GetModelInfo(&context, {}, &info);
   EXPECT_EQ(ReasonIn(status), "LOADING");
 }
 

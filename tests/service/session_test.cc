@@ -109,8 +109,7 @@ TEST_F(SessionTest, ListPagesAreDisjointAndComplete) {
     for (const v1::Session& s : page.sessions()) seen.push_back(s.session_id());
     token = page.next_page_token();
   } while (!token.empty());
-  EXPECT_THAT(seen,
-              testing::ElementsAre("page-0", "page-1", "page-2", "page-3", "page-4"));
+  EXPECT_THAT(seen, testing::ElementsAre("page-0", "page-1", "page-2", "page-3", "page-4"));
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(Delete("page-" + std::to_string(i)).ok());
 }
 

@@ -39,10 +39,9 @@ TestServer::TestServer(std::vector<std::string> flags, bool loading)
   ground = *std::move(opened);
   metrics = std::make_unique<Metrics>(ground.facts);
   service = std::make_unique<ServiceContext>(*metrics, log, config.seed);
-  absl::StatusOr<std::unique_ptr<Server>> started =
-      Server::Start(*service, {.host = config.host,
-                               .port = config.port,
-                               .max_connections = config.max_connections});
+  absl::StatusOr<std::unique_ptr<Server>> started = Server::Start(
+      *service,
+      {.host = config.host, .port = config.port, .max_connections = config.max_connections});
   Require(started.status());
   server = *std::move(started);
   channel = NewChannel();

@@ -69,8 +69,8 @@ Detail DetailOf(const grpc::Status& status) {
 }
 std::string ReasonIn(const grpc::Status& status);
 
-// Sends `request` as it is to `method` and returns up to `max_messages` raw answers: for services whose
-// stubs are not installed.
+// Sends `request` as it is to `method` and returns up to `max_messages` raw answers: for services
+// whose stubs are not installed.
 std::vector<std::string> RawCall(const std::shared_ptr<grpc::Channel>& channel,
                                  const std::string& method, const std::string& request,
                                  int max_messages, grpc::Status* status = nullptr);

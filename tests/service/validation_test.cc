@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
-
 #include "test_server.h"
 
 namespace gla {
@@ -92,8 +91,7 @@ const Rule kRules[] = {
        for (int i = 0; i < 65; ++i) r.add_stop_token_ids(i);
      },
      "stop_token_ids", "at most 64 ids, got 65"},
-    {"StopTokenUnknown", [](auto& r) { r.add_stop_token_ids(2048); }, "stop_token_ids",
-     "got 2048"},
+    {"StopTokenUnknown", [](auto& r) { r.add_stop_token_ids(2048); }, "stop_token_ids", "got 2048"},
     {"LogprobsNegative", [](auto& r) { r.set_logprobs(-1); }, "logprobs", "[0, 20], got -1"},
     {"LogprobsTooMany", [](auto& r) { r.set_logprobs(21); }, "logprobs", "got 21"},
     {"RequestIdTooLong", [](auto& r) { r.set_request_id(std::string(129, 'x')); }, "request_id",
