@@ -38,16 +38,16 @@ pack_tree() {
 }
 
 make_root() {
-  mmdebstrap --variant=minbase bookworm "$NEW/root" &&
-    mkdir -p "$NEW/root$TREE" && pack_tree | tar -x -C "$NEW/root$TREE" &&
-    cp /etc/resolv.conf "$NEW/root/etc/resolv.conf" &&
+  mmdebstrap --variant=minbase bookworm "$NEW/debian" &&
+    mkdir -p "$NEW/debian$TREE" && pack_tree | tar -x -C "$NEW/debian$TREE" &&
+    cp /etc/resolv.conf "$NEW/debian/etc/resolv.conf" &&
     # a proxy's own certificate authority, where pip is told to trust one
-    if [[ -n ${PIP_CERT-} ]]; then cp "$PIP_CERT" "$NEW/root/etc/pip-ca.crt"; fi
+    if [[ -n ${PIP_CERT-} ]]; then cp "$PIP_CERT" "$NEW/debian/etc/pip-ca.crt"; fi
 }
 
 mount_root() {
-  mount -t proc proc "$NEW/root/proc" && mount --rbind /sys "$NEW/root/sys" &&
-    mount --rbind /dev "$NEW/root/dev" && mount -t tmpfs tmpfs "$NEW/root/tmp"
+  mount -t proc proc "$NEW/debian/proc" && mount --rbind /sys "$NEW/debian/sys" &&
+    mount --rbind /dev "$NEW/debian/dev" && mount -t tmpfs tmpfs "$NEW/debian/tmp"
 }
 
 # Nothing of the caller's environment but what reaches the network.
@@ -57,7 +57,7 @@ in_root() {
     [[ -n ${!name-} ]] && pass+=("$name=${!name}")
   done
   [[ -n ${PIP_CERT-} ]] && pass+=("PIP_CERT=/etc/pip-ca.crt")
-  chroot "$NEW/root" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+  chroot "$NEW/debian" /usr/bin/env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/root LANG=C.UTF-8 "${pass[@]}" "$@"
 }
 
@@ -68,7 +68,7 @@ timed() {
   printf '%s--- exit 0 after %s s%s\n' "$BOLD" "$(seconds_since "$began")" "$PLAIN"
 }
 
-printf '%sgla-server in a fresh Debian 12 at %s%s\n' "$BOLD" "$NEW/root" "$PLAIN"
+printf '%sgla-server in a fresh Debian 12 at %s%s\n' "$BOLD" "$NEW/debian" "$PLAIN"
 step "mmdebstrap, git archive" make_root
 step "mounts" mount_root
 for _ in first second; do
