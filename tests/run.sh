@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The one command that builds and runs every test that needs no GPU. Last line: `N passed, N failed`.
 #
-#   tests/run.sh           packages, release build, every test, address and thread sanitizer
-#   tests/run.sh --quick   without the sanitizers
-#   tests/run.sh --image   also builds and runs the container image (tests/image_test.sh)
+#   tests/run.sh               packages, release build, every test
+#   tests/run.sh --sanitizers  also the address and thread sanitizer builds, about as long again each
+#   tests/run.sh --image       also builds and runs the container image (tests/image_test.sh)
 #
 # Runs on Debian 12 and Ubuntu 24.04, as root or with sudo. tests/run_cuda.sh is for a GPU.
 set -euo pipefail
@@ -11,12 +11,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
 cd "$ROOT"
 
-QUICK='' IMAGE=''
+SANITIZERS='' IMAGE=''
 for argument in "$@"; do
   case $argument in
-    --quick) QUICK=yes ;;
+    --sanitizers) SANITIZERS=yes ;;
     --image) IMAGE=yes ;;
-    *) die "usage: tests/run.sh [--quick] [--image], got \"$argument\"" ;;
+    *) die "usage: tests/run.sh [--sanitizers] [--image], got \"$argument\"" ;;
   esac
 done
 
@@ -94,7 +94,7 @@ step "pytest" "$VENV/bin/python" -m pytest -q -p no:cacheprovider tests \
   --junitxml="$RESULTS/pytest.xml" || true
 script "clang-format" check_format
 script "shellcheck" check_scripts
-if [[ -z $QUICK ]]; then
+if [[ -n $SANITIZERS ]]; then
   sanitizer_options
   sanitize asan kernels model engine service || echo "failed build asan" >>"$RESULTS/scripts.txt"
   sanitize tsan engine service || echo "failed build tsan" >>"$RESULTS/scripts.txt"
