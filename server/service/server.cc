@@ -101,6 +101,8 @@ void Server::Stop(absl::Duration patience) {
   // The deadline cancels what is not ours: health watches and reflection streams.
   grpc_->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(100));
   grpc_->Wait();
+  // Every call has ended by now; its reactor's last step may still be under way.
+  service_.calls.WaitUntilEmpty(absl::Seconds(10));
   grpc_.reset();
 }
 

@@ -44,7 +44,7 @@ class RecordingSource : public WeightSource {
   Tensors tensors;
 
  private:
-  RandomSource random_{1};
+  RandomWeightSource random_{1};
 };
 
 Tensors TensorsOf(Device& device, const ModelConfig& config) {

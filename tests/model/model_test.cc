@@ -66,7 +66,7 @@ class ModelOption : public ::testing::TestWithParam<Option> {};
 TEST_P(ModelOption, GivesTheLogitsOfItsDefinition) {
   const ModelConfig config = ConfigOf(GetParam().family, GetParam().keys);
   const std::vector<int32_t> tokens = RandomTokens(70, kVocab, 3);
-  RandomSource source(kSeed);
+  RandomWeightSource source(kSeed);
   const std::vector<double> expected = ReferenceModel(config, source).Logits(tokens);
 
   const auto device = OpenTestDevice();
@@ -360,7 +360,7 @@ TEST(Widths, PartsThatDoNotMeetAreNamed) {
 TEST(Widths, MergedHeadsMustFitTheOutputProjection) {
   const auto device = OpenTestDevice();
   const ModelConfig config = TinyConfig();
-  RandomSource source(1);
+  RandomWeightSource source(1);
   ModelWeights weights = ValueOrDie(LoadWeights(*device, config, DType::kFloat32, source));
   EXPECT_TRUE(CheckWidths(config, weights).ok());
   // A projection that takes one head's 32 values where two heads give 64.

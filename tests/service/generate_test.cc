@@ -184,9 +184,9 @@ TEST_F(GenerateTest, AClientThatGoesAwayEndsItsStreams) {
 }
 
 TEST_F(GenerateTest, AReaderThatDoesNotReadGetsAllTokensLater) {
-  const std::vector<int> expected = Generate(*server_, Greedy({1, 2}, 600)).token_ids;
+  const std::vector<int> expected = Generate(*server_, Greedy({1, 2}, 200)).token_ids;
   grpc::ClientContext context;
-  const auto reader = server_->inference->Generate(&context, Greedy({1, 2}, 600));
+  const auto reader = server_->inference->Generate(&context, Greedy({1, 2}, 200));
   EXPECT_TRUE(WaitFor(IsIdle));
   std::vector<int> got;
   v1::GenerateResponse message;

@@ -76,6 +76,6 @@ std::vector<std::string> RawCall(const std::shared_ptr<grpc::Channel>& channel,
                                  int max_messages, grpc::Status* status = nullptr);
 
 // Until `condition` holds; false after `seconds`.
-bool WaitFor(const std::function<bool()>& condition, double seconds = 10);
+bool WaitFor(const std::function<bool()>& condition, double seconds = 60);
 
 }  // namespace gla
