@@ -46,7 +46,7 @@ step() {
   fi
   printf '  %sfailed%s  %-34s %7s s   exit %d, log: %s\n' "$RED" "$PLAIN" "$name" \
     "$(seconds_since "$began")" "$code" "${log#"$ROOT"/}"
-  tail -n 40 "$log" | sed 's/^/    | /'
+  tail -n 40 "$log" | cut -c 1-300 | sed 's/^/    | /'
   return "$code"
 }
 
