@@ -4,10 +4,11 @@
 // heads, G key/value heads (H % G == 0; query head h reads key/value head h / (H / G)), K key
 // dimension, V value dimension, D hidden size. All pointers are device memory. `*_stride` is the
 // distance between rows in elements; rows are contiguous inside. "act" is the activation type given
-// by `dtype` (float32 or bfloat16); arithmetic and accumulation are float32 always. Optional inputs
-// are null when absent, and that is a path of its own, never a tensor of zeros. A call with zero
-// rows does nothing. Arguments are trusted: they are checked once, where the model is built or in
-// attention.h; a violated REQUIRES aborts with file and line.
+// by `dtype` (float32 or bfloat16; the linear-attention operators also float16); arithmetic and
+// accumulation are float32 always. Optional inputs are null when absent, and that is a path of its
+// own, never a tensor of zeros. A call with zero rows does nothing. Arguments are trusted: they are
+// checked once, where the model is built or in attention.h; a violated REQUIRES aborts with file
+// and line.
 //
 // Batch invariance: the value computed for a row depends only on that row's inputs (and, for the
 // recurrence, on its sequence), never on how many other rows are in the call nor on where it
@@ -220,11 +221,12 @@ struct LinearAttentionArgs {
   const void* k;  // [rows, G, K] act
   const void* v;  // [rows, G, V] act
   GateKind gate_kind = GateKind::kNone;
-  const float* gate = nullptr;     // see GateKind; log decay, <= 0
-  void* o;                         // [rows, H, V] act
-  float* state;                    // first slot's, [state_heads, K, V], V contiguous
-  float* key_sum_state = nullptr;  // first slot's, [G, K]; null: not normalized
-  int64_t state_stride;            // floats between slots, for both
+  const void* gate = nullptr;          // see GateKind; log decay, <= 0
+  DType gate_dtype = DType::kFloat32;  // float32, or `dtype`
+  void* o;                             // [rows, H, V] act
+  float* state;                        // first slot's, [state_heads, K, V], V contiguous
+  float* key_sum_state = nullptr;      // first slot's, [G, K]; null: not normalized
+  int64_t state_stride;                // floats between slots, for both
   Sequences seqs;
   int num_heads, num_kv_heads, key_dim, value_dim;  // H, G, K, V
   int state_heads;                                  // G, or H (see above)
@@ -239,6 +241,45 @@ void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& args);
 // In tiles of 64 tokens counted from the first row of each sequence in the call (fla's chunk_size);
 // equal to the recurrent form up to rounding. Not with `key_sum_state`.
 void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
+
+enum class AttentionForm : uint8_t { kRecurrent, kChunkwise };
+
+// The gradients of sum(o * d_o) + sum(S_T * d_final_state), o and S as LinearAttentionArgs defines
+// them (not normalized), with S_0 = initial_state. With dS_t the gradient with respect to S_t:
+//   dS_t = exp(gate_{t+1}) dS_{t+1} + scale q_t^T do_t           dS_T: d_final_state + the last
+//   term dq_t = scale S_t do_t    dk_t = dS_t v_t    dv_t = k_t dS_t  dS_0 = exp(gate_1) dS_1
+//   dgate_t = sum over V of exp(gate_t) S_{t-1} * dS_t           (summed over K too when scalar)
+// With G < H the results of a key/value head are the sums over its query heads; with a state per
+// query head (kConstant) so is its share of dk and dv.
+// Tensors are contiguous. Absent inputs and results are null: a path of their own.
+struct LinearAttentionBackwardArgs {
+  const void* q;  // [T, H, K] act
+  const void* k;  // [T, G, K] act
+  const void* v;  // [T, G, V] act
+  GateKind gate_kind = GateKind::kNone;
+  const void* gate = nullptr;            // see GateKind: [H], [T, G] or [T, G, K]
+  DType gate_dtype = DType::kFloat32;    // float32, or `dtype`
+  const float* initial_state = nullptr;  // [N, state_heads, K, V]; null: zero
+  const void* d_o = nullptr;             // [T, H, V] act; null: zero
+  const float* d_final_state = nullptr;  // [N, state_heads, K, V]; null: zero
+  void* dq;                              // [T, H, K] act
+  void* dk;                              // [T, G, K] act
+  void* dv;                              // [T, G, V] act
+  void* d_gate = nullptr;                // as `gate`; null exactly with kNone and kConstant
+  float* d_initial_state = nullptr;      // [N, state_heads, K, V]; null: not wanted
+  const int32_t* cu_seqlens;             // [N + 1]
+  int num_seqs, num_rows, max_len;       // N, T, the longest sequence
+  int num_heads, num_kv_heads, key_dim, value_dim;  // H, G, K, V
+  int state_heads;                                  // G; H with kConstant
+  float scale;
+  DType dtype;      // float32, bfloat16 or float16
+  void* workspace;  // device memory, LinearAttentionBackwardBytes(); 256-byte aligned
+};
+// Bytes of `workspace` for these sizes and types; pointers are looked at only for null.
+size_t LinearAttentionBackwardBytes(Device& device, const LinearAttentionBackwardArgs& args,
+                                    AttentionForm form);
+void RecurrentLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
+void ChunkLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
 
 // ---- From logits to tokens ----------------------------------------------------------------------
 

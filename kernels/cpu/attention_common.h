@@ -28,14 +28,14 @@ inline void LoadGates(const LinearAttentionArgs& a, int64_t row, const HeadMap& 
     case GateKind::kNone:
       return;
     case GateKind::kConstant:
-      std::fill_n(gates, a.key_dim, a.gate[heads.state_head]);
+      std::fill_n(gates, a.key_dim, static_cast<const float*>(a.gate)[heads.state_head]);
       return;
     case GateKind::kScalar:
-      std::fill_n(gates, a.key_dim, a.gate[row * a.gate_stride + heads.group]);
+      std::fill_n(gates, a.key_dim, static_cast<const float*>(a.gate)[row * a.gate_stride + heads.group]);
       return;
     case GateKind::kPerKey:
       std::memcpy(gates,
-                  a.gate + row * a.gate_stride + static_cast<int64_t>(heads.group) * a.key_dim,
+                  static_cast<const float*>(a.gate) + row * a.gate_stride + static_cast<int64_t>(heads.group) * a.key_dim,
                   sizeof(float) * a.key_dim);
       return;
   }

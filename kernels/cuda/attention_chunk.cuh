@@ -69,13 +69,14 @@ __device__ void LoadChunkSlice(const LinearAttentionArgs& a, const ChunkPlace& a
         case GateKind::kNone:
           break;
         case GateKind::kConstant:
-          gate = a.gate[at.state_head];
+          gate = static_cast<const float*>(a.gate)[at.state_head];
           break;
         case GateKind::kScalar:
-          gate = a.gate[row * a.gate_stride + at.kv_head];
+          gate = static_cast<const float*>(a.gate)[row * a.gate_stride + at.kv_head];
           break;
         case GateKind::kPerKey:
-          gate = a.gate[row * a.gate_stride + int64_t{at.kv_head} * a.key_dim + key];
+          gate = static_cast<const float*>(
+              a.gate)[row * a.gate_stride + int64_t{at.kv_head} * a.key_dim + key];
           break;
       }
     }

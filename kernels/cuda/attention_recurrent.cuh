@@ -85,7 +85,8 @@ struct Recurrence {
       return layout.k + t * p.padded_k + k;
     }
     if (kDecay == Decay::kPerKey && head == p.group + 1) {
-      const float* gate = a.gate + row * a.gate_stride + int64_t{kv_head} * a.key_dim + k;
+      const float* gate = static_cast<const float*>(a.gate) + row * a.gate_stride +
+                          int64_t{kv_head} * a.key_dim + k;
       float4 g = {0, 0, 0, 0};
       if (a.key_dim > k) g = p.vector_inputs ? LoadFour(gate) : LoadUpToFour(gate, a.key_dim - k);
       *piece = g;  // exp() when all loads are under way
@@ -126,9 +127,10 @@ struct Recurrence {
     }
     if constexpr (kDecay == Decay::kPerStep) {
       for (int t = id; t < tokens; t += threads) {
-        const float gate = a.gate_kind == GateKind::kConstant
-                               ? a.gate[state_head]
-                               : a.gate[(first_row + t) * a.gate_stride + kv_head];
+        const float gate =
+            a.gate_kind == GateKind::kConstant
+                ? static_cast<const float*>(a.gate)[state_head]
+                : static_cast<const float*>(a.gate)[(first_row + t) * a.gate_stride + kv_head];
         stage[layout.decay + t] = expf(gate);
       }
     }

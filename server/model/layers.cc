@@ -137,7 +137,7 @@ void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, float* states) {
     args.o = mixed.From(run.first_row).data;
     if (config.family == ModelFamily::kGla) {
       args.gate_kind = GateKind::kPerKey;
-      args.gate = static_cast<const float*>(gate.From(run.first_row).data);
+      args.gate = gate.From(run.first_row).data;
     } else if (config.family == ModelFamily::kRetNet) {
       args.gate_kind = GateKind::kConstant;
       args.gate = weights.decay.as<float>();
