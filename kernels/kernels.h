@@ -234,6 +234,9 @@ struct LinearAttentionArgs {
   int64_t gate_stride = 0;  // kScalar, kPerKey
   float scale;
   DType dtype;
+  // ChunkLinearAttention: device memory of ChunkLinearAttentionBytes(), 256-byte aligned; null: a
+  // slower way that needs none.
+  void* workspace = nullptr;
 };
 // Token by token: the bits of o_t and S_t depend only on the sequence's own inputs and starting
 // state, not on how it is cut into calls.
@@ -241,6 +244,9 @@ void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& args);
 // In tiles of 64 tokens counted from the first row of each sequence in the call (fla's chunk_size);
 // equal to the recurrent form up to rounding. Not with `key_sum_state`.
 void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
+// Bytes of workspace with which ChunkLinearAttention is fastest for these sizes and types; 0: it
+// has no use for any.
+size_t ChunkLinearAttentionBytes(Device& device, const LinearAttentionArgs& args);
 
 enum class AttentionForm : uint8_t { kRecurrent, kChunkwise };
 

@@ -1,0 +1,658 @@
+// The backward pass of the chunkwise form on tensor cores. Prepare and two Chains give, per tile,
+// q~, k~, A, the state S before the tile and the gradient dS with respect to the state after it.
+// Then every tile at once, with dA_ts = scale do_t . v_s for s <= t:
+//   dq_t = scale 2^G_t (do_t S^T) + sum_s dA_ts k_s 2^(G_t - G_s)
+//   dk_s = 2^(G_C - G_s) (v_s dS^T) + sum_t dA_ts q_t 2^(G_t - G_s)
+//   dv   = A^T do + k~ dS
+//   dg_t = sum_{t' >= t} (q dq - k dk)_t' + sum over V of S_end dS,
+//          S_end dS = 2^G_C (S dS) + k~^T (v dS^T)
+// The first terms are products over V, which is passed in tiles of 64 columns; the second ones stay
+// within the tile and follow when V is done.
+#include "kernels/cuda/attention_tensor.cuh"
+#include "kernels/cuda/attention_tensor_entry.h"
+
+namespace gla {
+namespace {
+
+struct BackwardProblem {
+  TensorProblem p;
+  const bf16* d_o;
+  const char* states;  // S, d_states: [tiles, H, V / 64] of K x 64
+  const char* d_states;
+  bf16* dq;
+  bf16* dk;
+  bf16* dv;
+  void* d_gate;  // null: none
+};
+
+// Groups of four warps, up to 128 columns of K each: the first half of the groups makes dq and dA,
+// the second half dk and dv.
+template <int K>
+struct BackwardShape {
+  static constexpr int kColumns = K < 128 ? K : 128;
+  static constexpr int kShares = K / kColumns;  // groups side by side
+  static constexpr int kThreads = 2 * kShares * 128;
+  static constexpr int kStateBytes = K * kTileRowBytes;
+  static constexpr int kStages = K == 256 ? 2 : 1;
+  static constexpr int kStageBytes = 2 * kStateBytes + 2 * kTileBytes;  // S, dS, v, do
+  static constexpr int kLoopBytes = kStateBytes + 2 * kTileBytes + kStages * kStageBytes;
+};
+
+// Which part of dq or dk a thread's group has.
+template <int K>
+struct Share {
+  int group = GroupOfWarps();
+  bool is_keys = group >= BackwardShape<K>::kShares;
+  int column0 = group % BackwardShape<K>::kShares * BackwardShape<K>::kColumns;
+};
+
+// ---- Within a tile, one decay per key -----------------------------------------------------------
+
+template <int K>
+struct KeyBackwardShared {
+  static constexpr int kPitch = K + 8;
+  static constexpr int kThreads = BackwardShape<K>::kThreads;
+  float sums[kTileTokens][kPitch];  // G, later q dq - k dk
+  bf16 q[kTileTokens][kPitch];      // later dq
+  bf16 k[kTileTokens][kPitch];      // later dk
+  bf16 d_scores[kTileTokens][72];   // dA
+  float last[K];                    // G_C
+  float totals[kThreads];
+  float state_products[kThreads];  // S dS, in parts of V
+  float key_products[4][K];        // k~^T (v dS^T), in blocks of 16 tokens
+  int is_wide[4];
+};
+
+// The exact sum for one row and column over the other tokens of its block of 16. Rarely called.
+template <int K, bool kKeys>
+__device__ __noinline__ float ExactSum(const KeyBackwardShared<K>* shared, int row, int column) {
+  const int first = kKeys ? row + 1 : row / 16 * 16, last = kKeys ? row / 16 * 16 + 15 : row - 1;
+  float sum = 0;
+  for (int i = first; i <= last; ++i) {
+    const float d = ToFloat(kKeys ? shared->d_scores[i][row] : shared->d_scores[row][i]);
+    const float x = ToFloat(kKeys ? shared->q[i][column] : shared->k[i][column]);
+    sum += d * x * Exp2(-fabsf(shared->sums[row][column] - shared->sums[i][column]));
+  }
+  return sum;
+}
+
+// Finishes the 16 rows of block b of dq (kKeys false) or dk (kKeys true), given do S^T or v dS^T:
+// its factor, and the sum over the tile's other tokens, before (x = k) or after (x = q). A product
+// of 16 x 16 with 16 x 8 shares one reference, factors 2^(+-(G - ref)) on both sides. What comes
+// from outside of b, the state included, refers to the edge of b that faces it; b itself to the
+// middle of its gates. In tf32: the gate's gradient is a difference of dq and dk, and bfloat16
+// factors would leave too little of it.
+template <int K, bool kKeys>
+__device__ void FinishRows(const TensorProblem& p, KeyBackwardShared<K>& shared, int column0,
+                           bool wants_products, float (&sum)[BackwardShape<K>::kColumns / 2]) {
+  constexpr int kColumns = BackwardShape<K>::kColumns;
+  const int b = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane / 4, c0 = lane % 4;
+  const int t0 = 16 * b, edge = kKeys ? t0 + 15 : t0 - 1;
+  const int first = kKeys ? b + 1 : 0, end = kKeys ? 4 : b;  // the blocks outside
+  const bool is_wide = shared.is_wide[b];
+  const bf16(*const x)[K + 8] = kKeys ? shared.q : shared.k;
+  constexpr float kSign = kKeys ? -1.0f : 1.0f;  // of G in the rows' own factor
+  const auto edge_sum = [&](int c) { return !kKeys && b == 0 ? 0.0f : shared.sums[edge][c]; };
+
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    float products[2] = {};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = t0 + g + (e & 2 ? 8 : 0), c = column0 + 8 * j + 2 * c0 + (e & 1);
+      float& s = sum[4 * j + e];
+      const float at_edge = edge_sum(c);
+      s *= kKeys ? Exp2(shared.last[c] - at_edge) : p.scale * Exp2(at_edge);
+      if (kKeys && wants_products) {
+        products[e & 1] = fmaf(s * Exp2(at_edge - shared.sums[row][c]), ToFloat(shared.k[row][c]),
+                               products[e & 1]);
+      }
+    }
+    if (kKeys && wants_products) {
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        products[0] += __shfl_xor_sync(0xFFFFFFFFu, products[0], mask);
+        products[1] += __shfl_xor_sync(0xFFFFFFFFu, products[1], mask);
+      }
+      if (g == 0) {
+        *reinterpret_cast<float2*>(&shared.key_products[b][column0 + 8 * j + 2 * c0]) = {
+            products[0], products[1]};
+      }
+    }
+  }
+
+  // dA (or its transpose) of rows b and the tokens of `block`, by steps of 8 tokens.
+  uint32_t a[2][4];
+  const auto load_scores = [&](int block) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = t0 + g + (i & 1 ? 8 : 0);
+      const int other = 16 * block + c0 + (i & 2 ? 4 : 0) + (i & 4 ? 8 : 0);
+      const bf16 score = kKeys ? shared.d_scores[other][row] : shared.d_scores[row][other];
+      a[i / 4][i % 4] = row == other ? 0 : __float_as_uint(ToFloat(score));
+    }
+  };
+  // d += those times x of `block` in one column per lane, referred to `ref`.
+  const auto add = [&](float(&d)[4], int block, int column, float ref) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t y[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 16 * block + 8 * half + c0 + 4 * i;
+        y[i] = ToTf32(ToFloat(x[row][column]) * Exp2(kSign * (ref - shared.sums[row][column])));
+      }
+      Mma16x8x8(d, a[half], y);
+    }
+  };
+#pragma unroll 1
+  for (int block = first; block < end; ++block) {
+    load_scores(block);
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      const int column = column0 + 8 * j + g;
+      float(&d)[4] = *reinterpret_cast<float(*)[4]>(&sum[4 * j]);
+      add(d, block, column, shared.sums[edge][column]);
+    }
+  }
+  load_scores(b);
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    const int column = column0 + 8 * j + g;
+    float near[4] = {};
+    if (!is_wide) {
+      add(near, b, column, 0.5f * (shared.sums[t0][column] + shared.sums[t0 + 15][column]));
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = t0 + g + (e & 2 ? 8 : 0), c = column0 + 8 * j + 2 * c0 + (e & 1);
+      const float own = shared.sums[row][c];
+      float& s = sum[4 * j + e];
+      s *= Exp2(kSign * (own - edge_sum(c)));
+      if (!is_wide) {
+        const float middle = 0.5f * (shared.sums[t0][c] + shared.sums[t0 + 15][c]);
+        s = fmaf(Exp2(kSign * (own - middle)), near[e], s);
+      } else {
+        s += ExactSum<K, kKeys>(&shared, row, c);
+      }
+    }
+  }
+}
+
+// `sum`: do S^T or v dS^T of the thread's share; `scores`: do v^T of the first group;
+// `state_product`: this thread's part of S dS.
+template <int K>
+__device__ void FinishKeyGates(const BackwardProblem& b, const TilePlace& at, char* raw_shared,
+                               float (&sum)[BackwardShape<K>::kColumns / 2],
+                               const float (&scores)[32], float state_product) {
+  using Shape = BackwardShape<K>;
+  auto& shared = *reinterpret_cast<KeyBackwardShared<K>*>(raw_shared);
+  const TensorProblem& p = b.p;
+  const int id = threadIdx.x;
+  const Share<K> share;
+  const int column0 = share.column0 + threadIdx.x % 4 * 2;
+
+  LoadQueriesAndKeys<K, Shape::kThreads>(p, at, shared.q, shared.k);
+  if (id < 4) shared.is_wide[id] = 0;
+  shared.state_products[id] = state_product;
+  if (share.group == 0) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const int t = SumRow(i), s = SumColumn(i / 4, 0);
+      *reinterpret_cast<uint32_t*>(&shared.d_scores[t][s]) =
+          PackBf16(s <= t ? p.scale * scores[i] : 0, s + 1 <= t ? p.scale * scores[i + 1] : 0);
+    }
+  }
+  SumKeyGates<K, Shape::kThreads>(p, at, &shared.sums[0][0], K + 8, shared.totals);
+  for (int i = id; i < 4 * K; i += Shape::kThreads) {
+    const int block = i / K, c = i % K;
+    const float span = shared.sums[16 * block][c] - shared.sums[16 * block + 15][c];
+    if (span > kLargestSpan) shared.is_wide[block] = 1;
+  }
+  if (id < K) shared.last[id] = shared.sums[kTileTokens - 1][id];
+  WaitCopies<0>();
+  __syncthreads();
+
+  if (!share.is_keys) {
+    FinishRows<K, false>(p, shared, share.column0, false, sum);
+  } else {
+    FinishRows<K, true>(p, shared, share.column0, b.d_gate != nullptr, sum);
+  }
+
+  if (b.d_gate != nullptr) {
+    __syncthreads();  // G makes room for q dq - k dk
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+      if (turn == share.is_keys) {
+#pragma unroll
+        for (int i = 0; i < Shape::kColumns / 2; i += 2) {
+          const int t = SumRow(i % 4), c = column0 + i / 4 * 8;
+          float2& product = *reinterpret_cast<float2*>(&shared.sums[t][c]);
+          if (!share.is_keys) {
+            const float2 q = UnpackBf16(*reinterpret_cast<const uint32_t*>(&shared.q[t][c]));
+            product = {q.x * sum[i], q.y * sum[i + 1]};
+          } else {
+            const float2 k = UnpackBf16(*reinterpret_cast<const uint32_t*>(&shared.k[t][c]));
+            product = {fmaf(-k.x, sum[i], product.x), fmaf(-k.y, sum[i + 1], product.y)};
+          }
+        }
+      }
+      __syncthreads();
+    }
+    constexpr int kParts = Shape::kThreads / K, kRows = kTileTokens / kParts;
+    const int column = id % K, part = id / K;
+    float* const own = &shared.sums[part * kRows][column];
+    float running = 0;
+#pragma unroll 16
+    for (int i = kRows - 1; i >= 0; --i) {
+      running += own[i * (K + 8)];
+      own[i * (K + 8)] = running;
+    }
+    shared.totals[id] = running;
+    __syncthreads();
+    float at_end = 0, after = 0;
+    for (int i = 0; i < kParts; ++i) {
+      at_end += shared.state_products[i * K + column];
+      if (i > part) after += shared.totals[i * K + column];
+    }
+    at_end *= Exp2(shared.last[column]);
+    for (int i = 0; i < 4; ++i) at_end += shared.key_products[i][column];
+    const int64_t to = (at.row0 + part * kRows) * p.gate_stride + int64_t{at.head} * K + column;
+    for (int i = 0; i < min(kRows, at.tokens - part * kRows); ++i) {
+      StoreGate(p, b.d_gate, to + i * p.gate_stride, own[i * (K + 8)] + after + at_end);
+    }
+  }
+
+  // A token's own term, s = t. It cancels in q dq - k dk, so it comes after.
+  const float own_scores[2] = {ToFloat(shared.d_scores[SumRow(0)][SumRow(0)]),
+                               ToFloat(shared.d_scores[SumRow(2)][SumRow(2)])};
+#pragma unroll
+  for (int i = 0; i < Shape::kColumns / 2; i += 2) {
+    const int t = SumRow(i % 4), c = column0 + i / 4 * 8;
+    const bf16* const other = share.is_keys ? &shared.q[t][c] : &shared.k[t][c];
+    const float2 x = UnpackBf16(*reinterpret_cast<const uint32_t*>(other));
+    sum[i] = fmaf(own_scores[i / 2 % 2], x.x, sum[i]);
+    sum[i + 1] = fmaf(own_scores[i / 2 % 2], x.y, sum[i + 1]);
+  }
+  __syncthreads();
+  bf16(*const result)[K + 8] = share.is_keys ? shared.k : shared.q;
+#pragma unroll
+  for (int i = 0; i < Shape::kColumns / 2; i += 2) {
+    *reinterpret_cast<uint32_t*>(&result[SumRow(i % 4)][column0 + i / 4 * 8]) =
+        PackBf16(sum[i], sum[i + 1]);
+  }
+  __syncthreads();
+  bf16* const out = share.is_keys ? b.dk : b.dq;
+  constexpr int kHalf = Shape::kThreads / 2;
+  for (int i = id % kHalf; i < at.tokens * (K / 8); i += kHalf) {
+    const int t = i / (K / 8), c = i % (K / 8) * 8;
+    *reinterpret_cast<uint4*>(out + ((at.row0 + t) * p.heads + at.head) * K + c) =
+        *reinterpret_cast<const uint4*>(&result[t][c]);
+  }
+}
+
+// ---- Within a tile, one decay per step, or none -------------------------------------------------
+
+template <int K>
+constexpr int kStepFinishBytes = 2 * K* kTileRowBytes + kTileBytes + 2048;
+
+template <int K>
+__device__ void FinishStepGates(const BackwardProblem& b, const TilePlace& at, char* shared,
+                                float (&sum)[BackwardShape<K>::kColumns / 2],
+                                const float (&scores)[32], float state_product) {
+  using Shape = BackwardShape<K>;
+  const TensorProblem& p = b.p;
+  const int id = threadIdx.x, lane = id % 32;
+  const Share<K> share;
+  char* const q = shared;  // later dq
+  char* const k = q + K * kTileRowBytes;
+  char* const d_scores = k + K * kTileRowBytes;
+  float* const sums = reinterpret_cast<float*>(d_scores + kTileBytes);
+  float* const row_sums = sums + kTileTokens;  // [group][64]: q dq, and k dk
+  float* const reduce = row_sums + 2 * Shape::kShares * kTileTokens;
+
+  for (int i = 0; i < K / 64; ++i) {
+    const int64_t column = int64_t{at.head} * K + 64 * i;
+    CopyTile(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride, at.tokens, id,
+             Shape::kThreads);
+    CopyTile(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride, at.tokens, id,
+             Shape::kThreads);
+  }
+  CommitCopies();
+  SumStepGates(p, at, sums);
+  if (share.group == 0) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const int t = SumRow(i), s = SumColumn(i / 4, 0);
+      const float low = s <= t ? p.scale * Exp2(sums[t] - sums[s]) * scores[i] : 0;
+      const float high = s + 1 <= t ? p.scale * Exp2(sums[t] - sums[s + 1]) * scores[i + 1] : 0;
+      *reinterpret_cast<uint32_t*>(d_scores + TileElement(t, s)) = PackBf16(low, high);
+    }
+  }
+  WaitCopies<0>();
+  FenceShared();
+  __syncthreads();
+
+  // Where elements i and i + 1 of the share lie in tiles of q, k, dq, dk.
+  const auto place = [&](char* tiles, int i) {
+    const int column = share.column0 + SumColumn(i / 4, 0);
+    return reinterpret_cast<uint32_t*>(tiles + column / 64 * kTileBytes +
+                                       TileElement(SumRow(i % 4), column % 64));
+  };
+  float key_product = 0;
+  const float g[2] = {sums[SumRow(0)], sums[SumRow(2)]};
+  const float factors[2] = {
+      share.is_keys ? Exp2(sums[kTileTokens - 1] - g[0]) : p.scale * Exp2(g[0]),
+      share.is_keys ? Exp2(sums[kTileTokens - 1] - g[1]) : p.scale * Exp2(g[1])};
+#pragma unroll
+  for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] *= factors[i / 2 % 2];
+  if (share.is_keys && b.d_gate != nullptr) {
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; i += 2) {
+      const float2 x = UnpackBf16(*place(k, i));
+      key_product = fmaf(x.x, sum[i], fmaf(x.y, sum[i + 1], key_product));
+    }
+  }
+  const int tile0 = share.column0 / 64 * kTileBytes;
+  if (!share.is_keys) {
+    BeginProducts();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Wgmma<Shape::kColumns, kAlongColumns, kAlongRows>(
+          sum, TileOperand<kAlongColumns>(d_scores, i),
+          TileOperand<kAlongRows>(k + tile0, i, kTileBytes));
+    }
+    CommitProducts();
+  } else {
+    BeginProducts();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Wgmma<Shape::kColumns, kAlongRows, kAlongRows>(
+          sum, TileOperand<kAlongRows>(d_scores, i),
+          TileOperand<kAlongRows>(q + tile0, i, kTileBytes));
+    }
+    CommitProducts();
+  }
+  WaitProducts<0>();
+
+  if (b.d_gate != nullptr) {
+    float rows[2] = {};
+#pragma unroll
+    for (int i = 0; i < Shape::kColumns / 2; i += 2) {
+      const float2 x = UnpackBf16(*place(share.is_keys ? k : q, i));
+      rows[i / 2 % 2] = fmaf(x.x, sum[i], fmaf(x.y, sum[i + 1], rows[i / 2 % 2]));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[half] += __shfl_xor_sync(0xFFFFFFFFu, rows[half], 1);
+      rows[half] += __shfl_xor_sync(0xFFFFFFFFu, rows[half], 2);
+      if (lane % 4 == 0) row_sums[share.group * kTileTokens + SumRow(2 * half)] = rows[half];
+    }
+    const float at_end = BlockSum<Shape::kThreads>(
+        key_product + Exp2(sums[kTileTokens - 1]) * state_product, reduce);
+    __syncthreads();
+    if (id < 32) {
+      const auto product = [&](int t) {
+        float x = 0;
+        for (int i = 0; i < Shape::kShares; ++i) {
+          x += row_sums[i * kTileTokens + t] - row_sums[(Shape::kShares + i) * kTileTokens + t];
+        }
+        return x;
+      };
+      const int t = 2 * lane;
+      const float second = product(t + 1);
+      float running = product(t) + second;
+      const float both = running;
+      for (int step = 1; step < 32; step *= 2) {
+        const float other = __shfl_down_sync(0xFFFFFFFFu, running, step);
+        if (lane + step < 32) running += other;
+      }
+      const int64_t to = (at.row0 + t) * p.gate_stride + at.head;
+      if (t < at.tokens) StoreGate(p, b.d_gate, to, running + at_end);
+      if (t + 1 < at.tokens) {
+        StoreGate(p, b.d_gate, to + p.gate_stride, running - both + second + at_end);
+      }
+    }
+  }
+
+  __syncthreads();
+  char* const result = share.is_keys ? k : q;
+#pragma unroll
+  for (int i = 0; i < Shape::kColumns / 2; i += 2) *place(result, i) = PackBf16(sum[i], sum[i + 1]);
+  __syncthreads();
+  bf16* const out = (share.is_keys ? b.dk : b.dq) + (at.row0 * p.heads + at.head) * K;
+  constexpr int kHalf = Shape::kThreads / 2;
+  for (int i = 0; i < K / 64; ++i) {
+    StoreTile(out + 64 * i, int64_t{p.heads} * K, result + i * kTileBytes, at.tokens, id % kHalf,
+              kHalf);
+  }
+}
+
+// ---- The products over V ------------------------------------------------------------------------
+
+template <int K, bool kPerKey>
+constexpr size_t BackwardBytes() {
+  const int finish = kPerKey ? static_cast<int>(sizeof(KeyBackwardShared<K>)) : kStepFinishBytes<K>;
+  return 1024 + (finish > BackwardShape<K>::kLoopBytes ? finish : BackwardShape<K>::kLoopBytes);
+}
+
+// A block to a (tile, head).
+template <int K, bool kPerKey>
+__global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
+    BackwardKernel(const BackwardProblem b) {
+  using Shape = BackwardShape<K>;
+  constexpr int kThreads = Shape::kThreads, kColumns = Shape::kColumns;
+  extern __shared__ __align__(16) char raw_shared[];
+  char* const shared = AlignedShared(raw_shared);
+  char* const keys = shared;  // k~
+  char* const scores = keys + Shape::kStateBytes;
+  char* const result = scores + kTileBytes;  // dv
+  char* const stages = result + kTileBytes;
+  const TensorProblem& p = b.p;
+  TilePlace at;
+  if (!at.Find(p, blockIdx.x)) return;
+  const int id = threadIdx.x;
+  const Share<K> share;
+  const int value_tiles = p.value_dim / 64;
+  const int64_t value_stride = int64_t{p.heads} * p.value_dim;
+  const int64_t values = at.row0 * value_stride + int64_t{at.head} * p.value_dim;
+
+  const auto load = [&](int tile) {
+    if (tile < value_tiles) {
+      char* const stage = stages + tile % Shape::kStages * Shape::kStageBytes;
+      const int64_t image = (at.index * value_tiles + tile) * Shape::kStateBytes;
+      CopyLinear(stage, b.states + image, Shape::kStateBytes, id, kThreads);
+      CopyLinear(stage + Shape::kStateBytes, b.d_states + image, Shape::kStateBytes, id, kThreads);
+      CopyTile(stage + 2 * Shape::kStateBytes, p.v + values + 64 * tile, value_stride, at.tokens,
+               id, kThreads);
+      CopyTile(stage + 2 * Shape::kStateBytes + kTileBytes, b.d_o + values + 64 * tile,
+               value_stride, at.tokens, id, kThreads);
+    }
+    CommitCopies();
+  };
+
+  CopyLinear(keys, p.keys + at.index * Shape::kStateBytes, Shape::kStateBytes, id, kThreads);
+  CopyLinear(scores, p.scores + at.index * kTileBytes, kTileBytes, id, kThreads);
+  load(0);
+  float sum[kColumns / 2];  // do S^T, or v dS^T
+  float other[32];          // of the first group: do v^T; of the first one of keys: a tile of dv
+  float state_product = 0;
+  for (int tile = 0; tile < value_tiles; ++tile) {
+    char* const state = stages + tile % Shape::kStages * Shape::kStageBytes;
+    char* const d_state = state + Shape::kStateBytes;
+    char* const v = d_state + Shape::kStateBytes;
+    char* const d_o = v + kTileBytes;
+    if constexpr (Shape::kStages > 1) {
+      load(tile + 1);
+      WaitCopies<1>();
+    } else {
+      if (tile > 0) load(tile);
+      WaitCopies<0>();
+    }
+    FenceShared();
+    __syncthreads();
+
+    BeginProducts();
+    if (!share.is_keys) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<kColumns, kAlongColumns, kAlongColumns>(
+            sum, TileOperand<kAlongColumns>(d_o, i),
+            TileOperand<kAlongColumns>(state + share.column0 * kTileRowBytes, i),
+            tile > 0 || i > 0);
+      }
+      if (share.column0 == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Wgmma<64, kAlongColumns, kAlongColumns>(other, TileOperand<kAlongColumns>(d_o, i),
+                                                  TileOperand<kAlongColumns>(v, i),
+                                                  tile > 0 || i > 0);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<kColumns, kAlongColumns, kAlongColumns>(
+            sum, TileOperand<kAlongColumns>(v, i),
+            TileOperand<kAlongColumns>(d_state + share.column0 * kTileRowBytes, i),
+            tile > 0 || i > 0);
+      }
+      if (share.column0 == 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          Wgmma<64, kAlongRows, kAlongRows>(other, TileOperand<kAlongRows>(scores, i),
+                                            TileOperand<kAlongRows>(d_o, i), i > 0);
+        }
+#pragma unroll
+        for (int i = 0; i < K / 16; ++i) {
+          Wgmma<64, kAlongColumns, kAlongRows>(
+              other, TileOperand<kAlongColumns>(keys + i / 4 * kTileBytes, i % 4),
+              TileOperand<kAlongRows>(d_state, i));
+        }
+      }
+    }
+    CommitProducts();
+    if (b.d_gate != nullptr) {  // S dS while the products run
+      constexpr int kParts = kThreads / K, kPieces = 8 / kParts;
+      const int row = id % K, part = id / K;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int at_piece = TilePiece(row, part * kPieces + i);
+        const uint4 x = *reinterpret_cast<const uint4*>(state + at_piece);
+        const uint4 y = *reinterpret_cast<const uint4*>(d_state + at_piece);
+        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float2 s = UnpackBf16(xs[e]), d = UnpackBf16(ys[e]);
+          state_product = fmaf(s.x, d.x, fmaf(s.y, d.y, state_product));
+        }
+      }
+    }
+    WaitProducts<0>();
+    if (share.is_keys && share.column0 == 0) {
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        *reinterpret_cast<uint32_t*>(result + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
+            PackBf16(other[i], other[i + 1]);
+      }
+      asm volatile("bar.sync 1, 128;" ::: "memory");
+      StoreTile(b.dv + values + 64 * tile, value_stride, result, at.tokens, id % 128, 128);
+    }
+    __syncthreads();
+  }
+
+  if constexpr (kPerKey) {
+    FinishKeyGates<K>(b, at, shared, sum, other, state_product);
+  } else {
+    FinishStepGates<K>(b, at, shared, sum, other, state_product);
+  }
+}
+
+BackwardProblem ProblemOf(const LinearAttentionBackwardArgs& a) {
+  BackwardProblem b{};
+  TensorProblem& p = b.p;
+  p.q = static_cast<const bf16*>(a.q);
+  p.k = static_cast<const bf16*>(a.k);
+  p.v = static_cast<const bf16*>(a.v);
+  p.gate_kind = a.gate_kind;
+  p.gate = a.gate;
+  p.gate_dtype = a.gate_dtype;
+  p.q_stride = p.k_stride = int64_t{a.num_heads} * a.key_dim;
+  p.v_stride = int64_t{a.num_heads} * a.value_dim;
+  p.gate_stride = a.gate_kind == GateKind::kPerKey ? p.k_stride : a.num_heads;
+  p.cu_seqlens = a.cu_seqlens;
+  p.num_seqs = a.num_seqs, p.num_rows = a.num_rows, p.max_len = a.max_len;
+  p.heads = a.num_heads, p.key_dim = a.key_dim, p.value_dim = a.value_dim;
+  p.scale = a.scale;
+  b.d_o = static_cast<const bf16*>(a.d_o);
+  b.dq = static_cast<bf16*>(a.dq);
+  b.dk = static_cast<bf16*>(a.dk);
+  b.dv = static_cast<bf16*>(a.dv);
+  b.d_gate = a.d_gate;
+  return b;
+}
+
+int64_t StateImageBytes(const TensorProblem& p) {
+  return p.max_tiles() * p.heads * p.value_dim / 64 * p.key_dim * kTileRowBytes;
+}
+
+}  // namespace
+
+bool TensorBackwardFits(const LinearAttentionBackwardArgs& a) {
+  bool aligned = true;
+  for (const void* data :
+       {a.q, a.k, a.v, a.d_o, static_cast<const void*>(a.dq), static_cast<const void*>(a.dk),
+        static_cast<const void*>(a.dv), a.gate}) {
+    aligned = aligned && IsAligned(data, 16);
+  }
+  return a.dtype == DType::kBFloat16 && a.d_o != nullptr && aligned &&
+         a.num_kv_heads == a.num_heads && a.state_heads == a.num_heads &&
+         TensorDimsFit(a.key_dim, a.value_dim) && IsAligned(a.initial_state, 16) &&
+         IsAligned(a.d_final_state, 16) && IsAligned(a.d_initial_state, 16);
+}
+
+size_t TensorBackwardBytes(const LinearAttentionBackwardArgs& a) {
+  BackwardProblem b = ProblemOf(a);
+  return PlaceWorkspace(b.p, nullptr) + 2 * StateImageBytes(b.p);
+}
+
+void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
+  const cudaStream_t stream = Queue(device);
+  BackwardProblem b = ProblemOf(a);
+  TensorProblem& p = b.p;
+  char* const workspace = static_cast<char*>(a.workspace);
+  char* const states = workspace + PlaceWorkspace(p, workspace);
+  char* const d_states = states + StateImageBytes(p);
+  b.states = states, b.d_states = d_states;
+  const int64_t stride = int64_t{p.heads} * p.key_dim * p.value_dim;
+  Prepare(p, stream);
+  Chain(p,
+        {.keys = p.keys,
+         .values = p.v,
+         .value_stride = p.v_stride,
+         .backwards = false,
+         .initial = {const_cast<float*>(a.initial_state), nullptr, stride},
+         .final = {},
+         .states = states},
+        stream);
+  Chain(p,
+        {.keys = p.queries,
+         .values = b.d_o,
+         .value_stride = p.v_stride,
+         .backwards = true,
+         .initial = {const_cast<float*>(a.d_final_state), nullptr, stride},
+         .final = {a.d_initial_state, nullptr, stride},
+         .states = d_states},
+        stream);
+  WithKeyDim(p.key_dim, [&]<int K>() {
+    const bool per_key = p.gate_kind == GateKind::kPerKey;
+    void (*const kernel)(BackwardProblem) =
+        per_key ? &BackwardKernel<K, true> : &BackwardKernel<K, false>;
+    const size_t bytes = per_key ? BackwardBytes<K, true>() : BackwardBytes<K, false>();
+    AllowShared(reinterpret_cast<const void*>(kernel), bytes);
+    kernel<<<GridOf(p.max_tiles() * p.heads), BackwardShape<K>::kThreads, bytes, stream>>>(b);
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace gla

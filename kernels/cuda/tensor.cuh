@@ -1,0 +1,205 @@
+// Hopper's matrix units and asynchronous copies: bfloat16 tiles in shared memory, float32 sums in
+// registers.
+//
+// A *tile* is [rows][64] bfloat16, 128 bytes a row, its address a multiple of 1024, in the 128-byte
+// swizzle of the PTX manual (section wgmma): the 16-byte piece c of row r lies at piece c ^ (r %
+// 8). A matrix with more than 64 columns is several tiles one after another. One tile serves as an
+// operand both ways: contracted along its columns (kAlongColumns) or along its rows (kAlongRows).
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/common.cuh"
+
+namespace gla {
+
+constexpr int kTileColumns = 64;
+constexpr int kTileRowBytes = 128;
+
+__device__ inline uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Where the 16-byte piece `piece` (0 .. 7) of row `row` lies, in bytes from the tile's start.
+__device__ inline int TilePiece(int row, int piece) {
+  return row * kTileRowBytes + ((piece ^ (row & 7)) << 4);
+}
+// The same for element `column` (0 .. 63).
+__device__ inline int TileElement(int row, int column) {
+  return TilePiece(row, column >> 3) + (column & 7) * 2;
+}
+
+// ---- Asynchronous copies ------------------------------------------------------------------------
+
+// 16 bytes, or zeros when not `valid` (then `from` only has to be an address of the device).
+__device__ inline void CopyAsync(uint32_t to, const void* from, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Shared memory written by threads or CopyAsync, before the matrix units read it: in every writing
+// thread, before the barrier.
+__device__ inline void FenceShared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A copy of `bytes` (a multiple of 16) as they are, by `threads` threads of which this is `id`.
+__device__ inline void CopyLinear(char* to, const char* from, int bytes, int id, int threads) {
+  const uint32_t address = SharedAddress(to);
+  for (int i = id * 16; i < bytes; i += threads * 16) CopyAsync(address + i, from + i, true);
+}
+
+// Rows [0, 64) and 64 columns of a row-major matrix into a tile; rows from `valid_rows` on are
+// zero.
+__device__ inline void CopyTile(char* to, const bf16* from, int64_t stride, int valid_rows, int id,
+                                int threads) {
+  const uint32_t address = SharedAddress(to);
+  for (int i = id; i < 64 * 8; i += threads) {
+    const int row = i / 8, piece = i % 8;
+    const bool valid = row < valid_rows;
+    CopyAsync(address + TilePiece(row, piece), from + (valid ? row * stride + piece * 8 : 0),
+              valid);
+  }
+}
+
+// A tile's first `valid_rows` rows to a row-major matrix.
+__device__ inline void StoreTile(bf16* to, int64_t stride, const char* tile, int valid_rows, int id,
+                                 int threads) {
+  for (int i = id; i < valid_rows * 8; i += threads) {
+    const int row = i / 8, piece = i % 8;
+    *reinterpret_cast<uint4*>(to + row * stride + piece * 8) =
+        *reinterpret_cast<const uint4*>(tile + TilePiece(row, piece));
+  }
+}
+
+// ---- wgmma: 64 x N += 64 x 16 times 16 x N, by a group of four warps ----------------------------
+
+// How an operand's tile is contracted.
+enum Contract { kAlongColumns = 0, kAlongRows = 1 };
+
+// Step i of 16 along the contracted side. Along columns: any number of rows, i < 4 within a tile.
+// Along rows: i counts 16 rows; the other side's blocks of 64 columns are `block_bytes` apart.
+template <Contract kContract>
+__device__ uint64_t TileOperand(const char* tile, int i, int block_bytes = 0) {
+  const uint32_t address =
+      SharedAddress(tile) + (kContract == kAlongColumns ? i * 32 : i * 16 * kTileRowBytes);
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kEightRows = uint64_t{8 * kTileRowBytes >> 4} << 32;
+  const uint64_t leading = kContract == kAlongColumns ? 1 : block_bytes >> 4;
+  return kSwizzle128 | kEightRows | leading << 16 | ((address & 0x3FFFF) >> 4);
+}
+
+template <int N>
+struct WgmmaShape;
+// clang-format off
+template <>
+struct WgmmaShape<64> {
+  template <int kTransA, int kTransB>
+  __device__ static void Run(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, %36;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+template <>
+struct WgmmaShape<128> {
+  template <int kTransA, int kTransB>
+  __device__ static void Run(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, %67, %68;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+template <>
+struct WgmmaShape<256> {
+  template <int kTransA, int kTransB>
+  __device__ static void Run(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, %131, %132;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+// clang-format on
+
+template <int N, Contract kA, Contract kB>
+__device__ void Wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate = true) {
+  WgmmaShape<N>::template Run<kA, kB>(d, a, b, accumulate);
+}
+// Which group of four warps a thread is in, in a form whose uniformity within a warp the compiler
+// sees: products in a branch that might diverge are run one by one.
+__device__ inline int GroupOfWarps() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0); }
+// Before the first product after the sums were touched by other code.
+__device__ inline void BeginProducts() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void CommitProducts() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ void WaitProducts() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Sum 4 j + e of a thread stands in row SumRow(e) and column SumColumn(j, e), e in 0 .. 3.
+__device__ inline int SumRow(int e) {
+  return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + (e & 2 ? 8 : 0);
+}
+__device__ inline int SumColumn(int j, int e) { return 8 * j + threadIdx.x % 4 * 2 + (e & 1); }
+
+// ---- mma.sync: 16 x 8 += 16 x 16 times 16 x 8, by a warp ----------------------------------------
+
+// With g = lane / 4, c = lane % 4 * 2: a[0] holds A[g][c, c + 1], a[1] row g + 8, a[2] columns + 8,
+// a[3] both; b[0] holds B[c, c + 1][g], b[1] rows + 8; d[0, 1] is D[g][c, c + 1], d[2, 3] row g
+// + 8.
+__device__ inline void Mma16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 x 8 += 16 x 8 times 8 x 8 in tf32. With g = lane / 4, c = lane % 4: a[0] is A[g][c], a[1] row
+// g + 8, a[2] column c + 4, a[3] both; b[0] is B[c][g], b[1] row c + 4; d as above.
+__device__ inline void Mma16x8x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline uint32_t ToTf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// Two float32 as bfloat16, `low` in the low half.
+__device__ inline uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline float2 UnpackBf16(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
+}
+
+// 2^x, subnormal results flushed to zero.
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace gla
