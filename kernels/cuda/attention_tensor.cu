@@ -41,17 +41,6 @@ constexpr int kPrepareThreads = 256;
 
 // ---- Prepare ------------------------------------------------------------------------------------
 
-// Eight neighbours of a row of q or k times eight factors.
-__device__ uint4 Scaled(uint4 piece, const float (&factors)[8]) {
-  uint32_t* const pairs = reinterpret_cast<uint32_t*>(&piece);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = UnpackBf16(pairs[i]);
-    pairs[i] = PackBf16(x.x * factors[2 * i], x.y * factors[2 * i + 1]);
-  }
-  return piece;
-}
-
 template <int K>
 struct KeyPrepareShared {
   static constexpr int kPitch = K + 8;
@@ -212,10 +201,10 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
 
   for (int i = 0; i < kTiles; ++i) {
     const int64_t column = int64_t{at.head} * K + 64 * i;
-    CopyTile(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride, at.tokens, id,
-             kPrepareThreads);
-    CopyTile(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride, at.tokens, id,
-             kPrepareThreads);
+    CopyTile<kPrepareThreads>(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride,
+                              at.tokens, id);
+    CopyTile<kPrepareThreads>(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride,
+                              at.tokens, id);
   }
   CommitCopies();
   SumStepGates(p, at, sums);
@@ -308,15 +297,15 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
       char* const stage = stages + i % Shape::kStages * Shape::kStageBytes;
       const int tile = tile_of(i);
       const int64_t index = int64_t{first_tile + tile} * p.heads + head;
-      CopyLinear(stage, args.keys + index * K * kTileRowBytes, K * kTileRowBytes, id,
-                 Shape::kThreads);
+      CopyLinear<K * kTileRowBytes, Shape::kThreads>(stage, args.keys + index * K * kTileRowBytes,
+                                                     id);
       const bf16* values = args.values +
                            (row_begin + int64_t{kTileTokens} * tile) * args.value_stride +
                            int64_t{head} * p.value_dim + 64 * value_tile;
-      CopyTile(stage + K * kTileRowBytes, values, args.value_stride,
-               min(kTileTokens, length - kTileTokens * tile), id, Shape::kThreads);
-      CopyLinear(stage + K * kTileRowBytes + kTileBytes,
-                 reinterpret_cast<const char*>(p.decays + index * K), K * 4, id, Shape::kThreads);
+      CopyTile<Shape::kThreads>(stage + K * kTileRowBytes, values, args.value_stride,
+                                min(kTileTokens, length - kTileTokens * tile), id);
+      CopyLinear<K * 4, Shape::kThreads>(stage + K * kTileRowBytes + kTileBytes,
+                                         reinterpret_cast<const char*>(p.decays + index * K), id);
     }
     CommitCopies();
   };

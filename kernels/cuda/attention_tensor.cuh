@@ -117,13 +117,17 @@ struct TilePlace {
 template <int K, int kThreads>
 __device__ void LoadQueriesAndKeys(const TensorProblem& p, const TilePlace& at, bf16 (*q)[K + 8],
                                    bf16 (*k)[K + 8]) {
-  constexpr int kPieces = K / 8;
-  for (int i = threadIdx.x; i < kTileTokens * kPieces; i += kThreads) {
-    const int t = i / kPieces, c = i % kPieces * 8;
-    const bool valid = t < at.tokens;
-    const int64_t row = at.row0 + (valid ? t : 0), column = int64_t{at.head} * K + c;
-    CopyAsync(SharedAddress(&q[t][c]), p.q + row * p.q_stride + column, valid);
-    CopyAsync(SharedAddress(&k[t][c]), p.k + row * p.k_stride + column, valid);
+  constexpr int kPieces = K / 8, kRows = kThreads / kPieces;
+  const int row = threadIdx.x / kPieces, c = threadIdx.x % kPieces * 8;
+  const bf16* const from_q = p.q + at.row0 * p.q_stride + int64_t{at.head} * K + c;
+  const bf16* const from_k = p.k + at.row0 * p.k_stride + int64_t{at.head} * K + c;
+  const uint32_t to_q = SharedAddress(&q[row][c]), to_k = SharedAddress(&k[row][c]);
+#pragma unroll
+  for (int i = 0; i < kTileTokens / kRows; ++i) {
+    const bool valid = row + i * kRows < at.tokens;
+    const int64_t t = valid ? row + i * kRows : 0;
+    CopyAsync(to_q + i * kRows * (K + 8) * 2, from_q + t * p.q_stride, valid);
+    CopyAsync(to_k + i * kRows * (K + 8) * 2, from_k + t * p.k_stride, valid);
   }
   CommitCopies();
 }
@@ -140,23 +144,21 @@ __device__ inline float BoundedGate(float gate) {
 template <int K, int kThreads, typename T>
 __device__ void LoadKeyGates(const TensorProblem& p, const TilePlace& at, float* sums, int pitch) {
   constexpr int kEach = 16 / sizeof(T), kPieces = K / kEach;  // of a row
-  constexpr int kItems = kTileTokens * kPieces / kThreads;
+  constexpr int kRows = kThreads / kPieces, kItems = kTileTokens / kRows;
+  const int row = threadIdx.x / kPieces, c = threadIdx.x % kPieces * kEach;
   const T* const from =
-      static_cast<const T*>(p.gate) + at.row0 * p.gate_stride + int64_t{at.head} * K;
+      static_cast<const T*>(p.gate) + (at.row0 + row) * p.gate_stride + int64_t{at.head} * K + c;
   uint4 pieces[kItems];
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int item = threadIdx.x + i * kThreads, t = item / kPieces;
     pieces[i] = {0, 0, 0, 0};
-    if (t < at.tokens) {
-      pieces[i] =
-          *reinterpret_cast<const uint4*>(from + t * p.gate_stride + item % kPieces * kEach);
+    if (row + i * kRows < at.tokens) {
+      pieces[i] = *reinterpret_cast<const uint4*>(from + i * kRows * p.gate_stride);
     }
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int item = threadIdx.x + i * kThreads;
-    float* const to = sums + item / kPieces * pitch + item % kPieces * kEach;
+    float* const to = sums + (row + i * kRows) * pitch + c;
     const T* const gates = reinterpret_cast<const T*>(&pieces[i]);
 #pragma unroll
     for (int j = 0; j < kEach; j += 4) {

@@ -46,6 +46,29 @@ struct Share {
   int column0 = group % BackwardShape<K>::kShares * BackwardShape<K>::kColumns;
 };
 
+// Asks the second-level cache for what the end of the kernel reads: q, k and gates of the tile.
+template <int K>
+__device__ void PrefetchRows(const TensorProblem& p, const TilePlace& at) {
+  const int t = threadIdx.x % kTileTokens, which = threadIdx.x / kTileTokens;
+  if (t >= at.tokens || which > 2) return;
+  const int64_t row = at.row0 + t, column = int64_t{at.head} * K;
+  const char* from = nullptr;
+  int bytes = K * 2;
+  if (which == 0) {
+    from = reinterpret_cast<const char*>(p.q + row * p.q_stride + column);
+  } else if (which == 1) {
+    from = reinterpret_cast<const char*>(p.k + row * p.k_stride + column);
+  } else if (p.gate_kind == GateKind::kPerKey) {
+    const int size = p.gate_dtype == DType::kFloat32 ? 4 : 2;
+    from = static_cast<const char*>(p.gate) + (row * p.gate_stride + column) * size;
+    bytes = K * size;
+  }
+  if (from == nullptr) return;
+  for (int i = 0; i < bytes; i += 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+  }
+}
+
 // ---- Within a tile, one decay per key -----------------------------------------------------------
 
 template <int K>
@@ -56,125 +79,200 @@ struct KeyBackwardShared {
   bf16 q[kTileTokens][kPitch];      // later dq
   bf16 k[kTileTokens][kPitch];      // later dk
   bf16 d_scores[kTileTokens][72];   // dA
-  float last[K];                    // G_C
+  // Blocks of 16 tokens: k 2^(G of the block's end - G), but of the last block, and
+  // q 2^(G - G of the block's start), but of the first.
+  bf16 k_to_end[48][kPitch];
+  bf16 q_from_start[48][kPitch];
+  float block_decays[4][K];
+  float last[K];  // G_C
   float totals[kThreads];
   float state_products[kThreads];  // S dS, in parts of V
-  float key_products[4][K];        // k~^T (v dS^T), in blocks of 16 tokens
+  float key_products[4][K];        // k~^T (v dS^T), in blocks
   int is_wide[4];
 };
 
-// The exact sum for one row and column over the other tokens of its block of 16. Rarely called.
-template <int K, bool kKeys>
-__device__ __noinline__ float ExactSum(const KeyBackwardShared<K>* shared, int row, int column) {
-  const int first = kKeys ? row + 1 : row / 16 * 16, last = kKeys ? row / 16 * 16 + 15 : row - 1;
-  float sum = 0;
-  for (int i = first; i <= last; ++i) {
-    const float d = ToFloat(kKeys ? shared->d_scores[i][row] : shared->d_scores[row][i]);
-    const float x = ToFloat(kKeys ? shared->q[i][column] : shared->k[i][column]);
-    sum += d * x * Exp2(-fabsf(shared->sums[row][column] - shared->sums[i][column]));
+// k_to_end, q_from_start, block_decays, last and is_wide, of G, q and k.
+template <int K>
+__device__ void PrepareBlocks(KeyBackwardShared<K>& shared) {
+  constexpr int kThreads = BackwardShape<K>::kThreads, kPieces = K / 8;
+  const int id = threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < 2 * 48 * kPieces / kThreads; ++i) {
+    const int item = id + i * kThreads, c = item % kPieces * 8, row = item / kPieces % 48;
+    const bool is_query = item >= 48 * kPieces;
+    const int t = is_query ? row + 16 : row;
+    const float* const g = &shared.sums[t][c];
+    const float* const ref = &shared.sums[is_query ? t / 16 * 16 - 1 : t / 16 * 16 + 15][c];
+    float factors[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) factors[e] = Exp2(-fabsf(g[e] - ref[e]));
+    const bf16* const from = is_query ? &shared.q[t][c] : &shared.k[t][c];
+    bf16* const to = is_query ? &shared.q_from_start[row][c] : &shared.k_to_end[row][c];
+    *reinterpret_cast<uint4*>(to) = Scaled(*reinterpret_cast<const uint4*>(from), factors);
   }
-  return sum;
+  for (int i = id; i < 4 * K; i += kThreads) {
+    const int block = i / K, c = i % K;
+    const float end = shared.sums[16 * block + 15][c];
+    const float start = block == 0 ? 0 : shared.sums[16 * block - 1][c];
+    shared.block_decays[block][c] = Exp2(end - start);
+    if (shared.sums[16 * block][c] - end > kLargestSpan) shared.is_wide[block] = 1;
+    if (block == 3) shared.last[c] = end;
+  }
+}
+
+// The exact sums for the thread's elements over the other tokens of their block. Rarely called.
+template <int K, bool kKeys>
+__device__ __noinline__ void ExactSums(const KeyBackwardShared<K>* shared, int column0,
+                                       float* sums) {
+  for (int i = 0; i < BackwardShape<K>::kColumns / 2; ++i) {
+    const int row = SumRow(i % 4), column = column0 + SumColumn(i / 4, i);
+    const int first = kKeys ? row + 1 : row / 16 * 16, last = kKeys ? row / 16 * 16 + 15 : row - 1;
+    float sum = 0;
+    for (int j = first; j <= last; ++j) {
+      const float d = ToFloat(kKeys ? shared->d_scores[j][row] : shared->d_scores[row][j]);
+      const float x = ToFloat(kKeys ? shared->q[j][column] : shared->k[j][column]);
+      sum += d * x * Exp2(-fabsf(shared->sums[row][column] - shared->sums[j][column]));
+    }
+    sums[i] = sum;
+  }
 }
 
 // Finishes the 16 rows of block b of dq (kKeys false) or dk (kKeys true), given do S^T or v dS^T:
-// its factor, and the sum over the tile's other tokens, before (x = k) or after (x = q). A product
-// of 16 x 16 with 16 x 8 shares one reference, factors 2^(+-(G - ref)) on both sides. What comes
-// from outside of b, the state included, refers to the edge of b that faces it; b itself to the
-// middle of its gates. In tf32: the gate's gradient is a difference of dq and dk, and bfloat16
-// factors would leave too little of it.
+// its factor, and the sum over the tile's other tokens, before (x = k) or after (x = q). From
+// block to block towards b, what has been summed decays by the block and the block's own product
+// comes in; then it decays to each row. b's own tokens refer to the middle of its gates, factors
+// 2^(+-(G - middle)) on both sides, and in tf32: the gate's gradient is a difference of dq and dk,
+// of which bfloat16 factors would leave too little.
 template <int K, bool kKeys>
 __device__ void FinishRows(const TensorProblem& p, KeyBackwardShared<K>& shared, int column0,
                            bool wants_products, float (&sum)[BackwardShape<K>::kColumns / 2]) {
-  constexpr int kColumns = BackwardShape<K>::kColumns;
+  constexpr int kColumns = BackwardShape<K>::kColumns, kPitch = K + 8;
   const int b = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane / 4, c0 = lane % 4;
-  const int t0 = 16 * b, edge = kKeys ? t0 + 15 : t0 - 1;
-  const int first = kKeys ? b + 1 : 0, end = kKeys ? 4 : b;  // the blocks outside
+  const int t0 = 16 * b;
   const bool is_wide = shared.is_wide[b];
-  const bf16(*const x)[K + 8] = kKeys ? shared.q : shared.k;
   constexpr float kSign = kKeys ? -1.0f : 1.0f;  // of G in the rows' own factor
-  const auto edge_sum = [&](int c) { return !kKeys && b == 0 ? 0.0f : shared.sums[edge][c]; };
+  // This thread's two rows and pair of columns; 8 columns further for each j.
+  const float* const own = &shared.sums[t0 + g][column0 + 2 * c0];
+  const auto pair = [](const float* at) { return *reinterpret_cast<const float2*>(at); };
 
+  if (!kKeys) {
 #pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j) {
-    float products[2] = {};
+    for (int i = 0; i < kColumns / 2; ++i) sum[i] *= p.scale;
+  } else if (wants_products) {
+    const bf16* const k = &shared.k[t0 + g][column0 + 2 * c0];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = t0 + g + (e & 2 ? 8 : 0), c = column0 + 8 * j + 2 * c0 + (e & 1);
-      float& s = sum[4 * j + e];
-      const float at_edge = edge_sum(c);
-      s *= kKeys ? Exp2(shared.last[c] - at_edge) : p.scale * Exp2(at_edge);
-      if (kKeys && wants_products) {
-        products[e & 1] = fmaf(s * Exp2(at_edge - shared.sums[row][c]), ToFloat(shared.k[row][c]),
-                               products[e & 1]);
+    for (int j = 0; j < kColumns / 8; ++j) {
+      const float2 last = pair(&shared.last[column0 + 2 * c0 + 8 * j]);
+      float2 products = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 at = pair(own + half * 8 * kPitch + 8 * j);
+        const float2 x =
+            UnpackBf16(*reinterpret_cast<const uint32_t*>(k + half * 8 * kPitch + 8 * j));
+        products.x = fmaf(x.x * Exp2(last.x - at.x), sum[4 * j + 2 * half], products.x);
+        products.y = fmaf(x.y * Exp2(last.y - at.y), sum[4 * j + 2 * half + 1], products.y);
       }
-    }
-    if (kKeys && wants_products) {
 #pragma unroll
       for (int mask = 4; mask < 32; mask *= 2) {
-        products[0] += __shfl_xor_sync(0xFFFFFFFFu, products[0], mask);
-        products[1] += __shfl_xor_sync(0xFFFFFFFFu, products[1], mask);
+        products.x += __shfl_xor_sync(0xFFFFFFFFu, products.x, mask);
+        products.y += __shfl_xor_sync(0xFFFFFFFFu, products.y, mask);
       }
       if (g == 0) {
-        *reinterpret_cast<float2*>(&shared.key_products[b][column0 + 8 * j + 2 * c0]) = {
-            products[0], products[1]};
+        *reinterpret_cast<float2*>(&shared.key_products[b][column0 + 2 * c0 + 8 * j]) = products;
       }
     }
   }
 
-  // dA (or its transpose) of rows b and the tokens of `block`, by steps of 8 tokens.
-  uint32_t a[2][4];
-  const auto load_scores = [&](int block) {
+#pragma unroll 1
+  for (int i = 0; i < (kKeys ? 3 - b : b); ++i) {
+    const int block = kKeys ? 3 - i : i;
+    uint32_t a[4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = t0 + g + (i & 1 ? 8 : 0);
-      const int other = 16 * block + c0 + (i & 2 ? 4 : 0) + (i & 4 ? 8 : 0);
-      const bf16 score = kKeys ? shared.d_scores[other][row] : shared.d_scores[row][other];
-      a[i / 4][i % 4] = row == other ? 0 : __float_as_uint(ToFloat(score));
+    for (int e = 0; e < 4; ++e) {
+      const int row = t0 + g + (e & 1 ? 8 : 0), other = 16 * block + 2 * c0 + (e & 2 ? 8 : 0);
+      if constexpr (kKeys) {
+        a[e] = PackHalves(shared.d_scores[other][row], shared.d_scores[other + 1][row]);
+      } else {
+        a[e] = *reinterpret_cast<const uint32_t*>(&shared.d_scores[row][other]);
+      }
     }
-  };
-  // d += those times x of `block` in one column per lane, referred to `ref`.
-  const auto add = [&](float(&d)[4], int block, int column, float ref) {
+    const float* const decays = &shared.block_decays[block][column0 + 2 * c0];
+    const bf16* const x = kKeys ? &shared.q_from_start[16 * (block - 1)][column0]
+                                : &shared.k_to_end[16 * block][column0];
+    const uint32_t x_address = SharedAddress(x + lane % 16 * kPitch + lane / 16 * 8);
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j += 2) {
+      uint32_t y[4];
+      LoadTransposed(x_address + j * 16, y);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const float2 d = pair(decays + 8 * (j + n));
+        float(&s)[4] = *reinterpret_cast<float(*)[4]>(&sum[4 * (j + n)]);
+        s[0] *= d.x, s[1] *= d.y, s[2] *= d.x, s[3] *= d.y;
+        const uint32_t y_n[2] = {y[2 * n], y[2 * n + 1]};
+        Mma16x8x16(s, a, y_n);
+      }
+    }
+  }
+
+  // To the rows, from the edge of b that faces the others.
+  {
+    const bool is_start = !kKeys && b == 0;
+    const float* const edge = &shared.sums[kKeys ? t0 + 15 : max(t0 - 1, 0)][column0 + 2 * c0];
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+      float2 at = pair(edge + 8 * j);
+      if (is_start) at = {0, 0};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 to = pair(own + half * 8 * kPitch + 8 * j);
+        sum[4 * j + 2 * half] *= Exp2(kSign * (to.x - at.x));
+        sum[4 * j + 2 * half + 1] *= Exp2(kSign * (to.y - at.y));
+      }
+    }
+  }
+
+  if (is_wide) {
+    float exact[kColumns / 2];
+    ExactSums<K, kKeys>(&shared, column0, exact);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) sum[i] += exact[i];
+    return;
+  }
+  uint32_t a[2][4];  // dA or its transpose, without the diagonal, by steps of 8 tokens
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = g + (i & 1 ? 8 : 0), other = c0 + (i & 2 ? 4 : 0) + (i & 4 ? 8 : 0);
+    const bf16 score =
+        kKeys ? shared.d_scores[t0 + other][t0 + row] : shared.d_scores[t0 + row][t0 + other];
+    a[i / 4][i % 4] = row == other ? 0 : __float_as_uint(ToFloat(score));
+  }
+  const bf16* const x = kKeys ? &shared.q[t0 + c0][column0 + g] : &shared.k[t0 + c0][column0 + g];
+  const float* const x_sums = &shared.sums[t0 + c0][column0 + g];
+  const float* const x_first = &shared.sums[t0][column0 + g];
+  const float* const first = &shared.sums[t0][column0 + 2 * c0];
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    const float x_middle = 0.5f * (x_first[8 * j] + x_first[15 * kPitch + 8 * j]);
+    float d[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t y[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = 16 * block + 8 * half + c0 + 4 * i;
-        y[i] = ToTf32(ToFloat(x[row][column]) * Exp2(kSign * (ref - shared.sums[row][column])));
+        const int at = (8 * half + 4 * i) * kPitch + 8 * j;
+        y[i] = ToTf32(ToFloat(x[at]) * Exp2(kSign * (x_middle - x_sums[at])));
       }
       Mma16x8x8(d, a[half], y);
     }
-  };
-#pragma unroll 1
-  for (int block = first; block < end; ++block) {
-    load_scores(block);
+    const float2 from = pair(first + 8 * j), to = pair(first + 15 * kPitch + 8 * j);
+    const float2 middle = {0.5f * (from.x + to.x), 0.5f * (from.y + to.y)};
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const int column = column0 + 8 * j + g;
-      float(&d)[4] = *reinterpret_cast<float(*)[4]>(&sum[4 * j]);
-      add(d, block, column, shared.sums[edge][column]);
-    }
-  }
-  load_scores(b);
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j) {
-    const int column = column0 + 8 * j + g;
-    float near[4] = {};
-    if (!is_wide) {
-      add(near, b, column, 0.5f * (shared.sums[t0][column] + shared.sums[t0 + 15][column]));
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int row = t0 + g + (e & 2 ? 8 : 0), c = column0 + 8 * j + 2 * c0 + (e & 1);
-      const float own = shared.sums[row][c];
-      float& s = sum[4 * j + e];
-      s *= Exp2(kSign * (own - edge_sum(c)));
-      if (!is_wide) {
-        const float middle = 0.5f * (shared.sums[t0][c] + shared.sums[t0 + 15][c]);
-        s = fmaf(Exp2(kSign * (own - middle)), near[e], s);
-      } else {
-        s += ExactSum<K, kKeys>(&shared, row, c);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const float2 at = pair(own + half * 8 * kPitch + 8 * j);
+      float* const s = &sum[4 * j + 2 * half];
+      s[0] = fmaf(Exp2(kSign * (at.x - middle.x)), d[2 * half], s[0]);
+      s[1] = fmaf(Exp2(kSign * (at.y - middle.y)), d[2 * half + 1], s[1]);
     }
   }
 }
@@ -204,13 +302,9 @@ __device__ void FinishKeyGates(const BackwardProblem& b, const TilePlace& at, ch
     }
   }
   SumKeyGates<K, Shape::kThreads>(p, at, &shared.sums[0][0], K + 8, shared.totals);
-  for (int i = id; i < 4 * K; i += Shape::kThreads) {
-    const int block = i / K, c = i % K;
-    const float span = shared.sums[16 * block][c] - shared.sums[16 * block + 15][c];
-    if (span > kLargestSpan) shared.is_wide[block] = 1;
-  }
-  if (id < K) shared.last[id] = shared.sums[kTileTokens - 1][id];
   WaitCopies<0>();
+  __syncthreads();
+  PrepareBlocks<K>(shared);
   __syncthreads();
 
   if (!share.is_keys) {
@@ -313,10 +407,10 @@ __device__ void FinishStepGates(const BackwardProblem& b, const TilePlace& at, c
 
   for (int i = 0; i < K / 64; ++i) {
     const int64_t column = int64_t{at.head} * K + 64 * i;
-    CopyTile(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride, at.tokens, id,
-             Shape::kThreads);
-    CopyTile(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride, at.tokens, id,
-             Shape::kThreads);
+    CopyTile<Shape::kThreads>(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride,
+                              at.tokens, id);
+    CopyTile<Shape::kThreads>(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride,
+                              at.tokens, id);
   }
   CommitCopies();
   SumStepGates(p, at, sums);
@@ -423,8 +517,8 @@ __device__ void FinishStepGates(const BackwardProblem& b, const TilePlace& at, c
   bf16* const out = (share.is_keys ? b.dk : b.dq) + (at.row0 * p.heads + at.head) * K;
   constexpr int kHalf = Shape::kThreads / 2;
   for (int i = 0; i < K / 64; ++i) {
-    StoreTile(out + 64 * i, int64_t{p.heads} * K, result + i * kTileBytes, at.tokens, id % kHalf,
-              kHalf);
+    StoreTile<kHalf>(out + 64 * i, int64_t{p.heads} * K, result + i * kTileBytes, at.tokens,
+                     id % kHalf);
   }
 }
 
@@ -461,19 +555,20 @@ __global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
     if (tile < value_tiles) {
       char* const stage = stages + tile % Shape::kStages * Shape::kStageBytes;
       const int64_t image = (at.index * value_tiles + tile) * Shape::kStateBytes;
-      CopyLinear(stage, b.states + image, Shape::kStateBytes, id, kThreads);
-      CopyLinear(stage + Shape::kStateBytes, b.d_states + image, Shape::kStateBytes, id, kThreads);
-      CopyTile(stage + 2 * Shape::kStateBytes, p.v + values + 64 * tile, value_stride, at.tokens,
-               id, kThreads);
-      CopyTile(stage + 2 * Shape::kStateBytes + kTileBytes, b.d_o + values + 64 * tile,
-               value_stride, at.tokens, id, kThreads);
+      CopyLinear<Shape::kStateBytes, kThreads>(stage, b.states + image, id);
+      CopyLinear<Shape::kStateBytes, kThreads>(stage + Shape::kStateBytes, b.d_states + image, id);
+      CopyTile<kThreads>(stage + 2 * Shape::kStateBytes, p.v + values + 64 * tile, value_stride,
+                         at.tokens, id);
+      CopyTile<kThreads>(stage + 2 * Shape::kStateBytes + kTileBytes, b.d_o + values + 64 * tile,
+                         value_stride, at.tokens, id);
     }
     CommitCopies();
   };
 
-  CopyLinear(keys, p.keys + at.index * Shape::kStateBytes, Shape::kStateBytes, id, kThreads);
-  CopyLinear(scores, p.scores + at.index * kTileBytes, kTileBytes, id, kThreads);
+  CopyLinear<Shape::kStateBytes, kThreads>(keys, p.keys + at.index * Shape::kStateBytes, id);
+  CopyLinear<kTileBytes, kThreads>(scores, p.scores + at.index * kTileBytes, id);
   load(0);
+  PrefetchRows<K>(p, at);
   float sum[kColumns / 2];  // do S^T, or v dS^T
   float other[32];          // of the first group: do v^T; of the first one of keys: a tile of dv
   float state_product = 0;
@@ -556,7 +651,7 @@ __global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
             PackBf16(other[i], other[i + 1]);
       }
       asm volatile("bar.sync 1, 128;" ::: "memory");
-      StoreTile(b.dv + values + 64 * tile, value_stride, result, at.tokens, id % 128, 128);
+      StoreTile<128>(b.dv + values + 64 * tile, value_stride, result, at.tokens, id % 128);
     }
     __syncthreads();
   }

@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(128)
   if (!at.Find(p, blockIdx.x / value_tiles)) return;
   const int id = threadIdx.x;
   const int64_t column = int64_t{at.head} * p.value_dim + 64 * value_tile;
-  CopyLinear(queries, p.queries + at.index * K * kTileRowBytes, K * kTileRowBytes, id, 128);
-  CopyLinear(state, states + (at.index * value_tiles + value_tile) * K * kTileRowBytes,
-             K * kTileRowBytes, id, 128);
-  CopyLinear(scores, p.scores + at.index * kTileBytes, kTileBytes, id, 128);
-  CopyTile(values, p.v + at.row0 * p.v_stride + column, p.v_stride, at.tokens, id, 128);
+  CopyLinear<K * kTileRowBytes, 128>(queries, p.queries + at.index * K * kTileRowBytes, id);
+  CopyLinear<K * kTileRowBytes, 128>(
+      state, states + (at.index * value_tiles + value_tile) * K * kTileRowBytes, id);
+  CopyLinear<kTileBytes, 128>(scores, p.scores + at.index * kTileBytes, id);
+  CopyTile<128>(values, p.v + at.row0 * p.v_stride + column, p.v_stride, at.tokens, id);
   CommitCopies();
   WaitCopies<0>();
   FenceShared();
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(128)
         PackBf16(sum[i], sum[i + 1]);
   }
   __syncthreads();
-  StoreTile(o + at.row0 * o_stride + column, o_stride, values, at.tokens, id, 128);
+  StoreTile<128>(o + at.row0 * o_stride + column, o_stride, values, at.tokens, id);
 }
 
 TensorProblem ProblemOf(const LinearAttentionArgs& a) {

@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "kernels/cuda/common.cuh"
 
@@ -51,32 +52,65 @@ __device__ inline void FenceShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A copy of `bytes` (a multiple of 16) as they are, by `threads` threads of which this is `id`.
-__device__ inline void CopyLinear(char* to, const char* from, int bytes, int id, int threads) {
-  const uint32_t address = SharedAddress(to);
-  for (int i = id * 16; i < bytes; i += threads * 16) CopyAsync(address + i, from + i, true);
+// The same, whole, `kTo` and `kFrom` bytes further.
+template <int kTo, int kFrom>
+__device__ void CopyAsyncAt(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kTo),
+               "n"(kFrom)
+               : "memory");
+}
+
+// f.template operator()<i>() for i in [0, kCount).
+template <int kCount, typename F>
+__device__ void Unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { (f.template operator()<i>(), ...); }
+  (std::make_integer_sequence<int, kCount>());
+}
+
+// Copies for kThreads threads of which this is `id`: each computes its addresses once.
+//
+// kBytes as they are.
+template <int kBytes, int kThreads>
+__device__ void CopyLinear(char* to, const char* from, int id) {
+  constexpr int kStep = kThreads * 16;
+  const uint32_t address = SharedAddress(to) + id * 16;
+  from += id * 16;
+  Unrolled<kBytes / kStep>([&]<int i>() { CopyAsyncAt<i * kStep, i * kStep>(address, from); });
+  if (kBytes % kStep != 0 && id * 16 < kBytes % kStep) {
+    CopyAsyncAt<kBytes / kStep * kStep, kBytes / kStep * kStep>(address, from);
+  }
 }
 
 // Rows [0, 64) and 64 columns of a row-major matrix into a tile; rows from `valid_rows` on are
 // zero.
-__device__ inline void CopyTile(char* to, const bf16* from, int64_t stride, int valid_rows, int id,
-                                int threads) {
-  const uint32_t address = SharedAddress(to);
-  for (int i = id; i < 64 * 8; i += threads) {
-    const int row = i / 8, piece = i % 8;
-    const bool valid = row < valid_rows;
-    CopyAsync(address + TilePiece(row, piece), from + (valid ? row * stride + piece * 8 : 0),
+template <int kThreads>
+__device__ void CopyTile(char* to, const bf16* from, int64_t stride, int valid_rows, int id) {
+  constexpr int kRows = kThreads / 8;  // at a time: whole groups of eight, so the swizzle stays
+  static_assert(kRows % 8 == 0 && 64 % kRows == 0);
+  const int row = id / 8, piece = id % 8;
+  const uint32_t address = SharedAddress(to) + TilePiece(row, piece);
+  const bf16* const first = from + row * stride + piece * 8;
+#pragma unroll
+  for (int i = 0; i < 64 / kRows; ++i) {
+    const bool valid = row + i * kRows < valid_rows;
+    CopyAsync(address + i * kRows * kTileRowBytes, valid ? first + i * kRows * stride : from,
               valid);
   }
 }
 
 // A tile's first `valid_rows` rows to a row-major matrix.
-__device__ inline void StoreTile(bf16* to, int64_t stride, const char* tile, int valid_rows, int id,
-                                 int threads) {
-  for (int i = id; i < valid_rows * 8; i += threads) {
-    const int row = i / 8, piece = i % 8;
-    *reinterpret_cast<uint4*>(to + row * stride + piece * 8) =
-        *reinterpret_cast<const uint4*>(tile + TilePiece(row, piece));
+template <int kThreads>
+__device__ void StoreTile(bf16* to, int64_t stride, const char* tile, int valid_rows, int id) {
+  constexpr int kRows = kThreads / 8;
+  const int row = id / 8, piece = id % 8;
+  const char* const from = tile + TilePiece(row, piece);
+  to += row * stride + piece * 8;
+#pragma unroll
+  for (int i = 0; i < 64 / kRows; ++i) {
+    if (row + i * kRows < valid_rows) {
+      *reinterpret_cast<uint4*>(to + i * kRows * stride) =
+          *reinterpret_cast<const uint4*>(from + i * kRows * kTileRowBytes);
+    }
   }
 }
 
@@ -171,6 +205,14 @@ __device__ inline void Mma16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Two such b from [16][16] in shared memory, rows along the contracted side: of columns 0 .. 7 in
+// b[0, 1], of 8 .. 15 in b[2, 3]. Lane i gives the address of row i % 16, column i / 16 * 8.
+__device__ inline void LoadTransposed(uint32_t address, uint32_t (&b)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(address));
+}
+
 // 16 x 8 += 16 x 8 times 8 x 8 in tf32. With g = lane / 4, c = lane % 4: a[0] is A[g][c], a[1] row
 // g + 8, a[2] column c + 4, a[3] both; b[0] is B[c][g], b[1] row c + 4; d as above.
 __device__ inline void Mma16x8x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -193,6 +235,21 @@ __device__ inline uint32_t PackBf16(float low, float high) {
 }
 __device__ inline float2 UnpackBf16(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
+}
+
+__device__ inline uint32_t PackHalves(bf16 low, bf16 high) {
+  const __nv_bfloat162 pair = {low, high};
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+// Eight neighbours times eight factors.
+__device__ inline uint4 Scaled(uint4 piece, const float (&factors)[8]) {
+  uint32_t* const pairs = reinterpret_cast<uint32_t*>(&piece);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = UnpackBf16(pairs[i]);
+    pairs[i] = PackBf16(x.x * factors[2 * i], x.y * factors[2 * i + 1]);
+  }
+  return piece;
 }
 
 // 2^x, subnormal results flushed to zero.
