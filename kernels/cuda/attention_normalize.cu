@@ -46,7 +46,7 @@ void CopyColumns(Device& device, const CopyColumnsArgs& a) {
   const unsigned grid = GridOf(CeilDiv(elements, int64_t{kThreads}));
   WithInputType(a.x_dtype, [&]<typename X>() {
     WithInputType(a.y_dtype,
-                [&]<typename Y>() { CopyColumnsKernel<X, Y><<<grid, kThreads, 0, stream>>>(a); });
+                  [&]<typename Y>() { CopyColumnsKernel<X, Y><<<grid, kThreads, 0, stream>>>(a); });
   });
   CUDA_CHECK(cudaGetLastError());
 }
@@ -56,7 +56,7 @@ void QuotientGradient(Device& device, const QuotientGradientArgs& a) {
   const cudaStream_t stream = Queue(device);
   const unsigned grid = GridOf(CeilDiv(a.rows, int64_t{kThreads / 32}));
   WithInputType(a.dtype,
-              [&]<typename T>() { QuotientGradientKernel<T><<<grid, kThreads, 0, stream>>>(a); });
+                [&]<typename T>() { QuotientGradientKernel<T><<<grid, kThreads, 0, stream>>>(a); });
   CUDA_CHECK(cudaGetLastError());
 }
 
