@@ -56,7 +56,15 @@ absl::Status Forward(Device& device, const AttentionInputs& in, Memory& memory,
   } else if (reads) {
     args.state = const_cast<float*>(Floats(in.initial_state));  // no slot is written
   }
-  (IsChunkwise(in, args.seqs) ? ChunkLinearAttention : RecurrentLinearAttention)(device, args);
+  if (!IsChunkwise(in, args.seqs)) {
+    RecurrentLinearAttention(device, args);
+    return absl::OkStatus();
+  }
+  const DeviceBuffer workspace =
+      memory.Take(static_cast<int64_t>(ChunkLinearAttentionBytes(device, args)));
+  if (!memory.status().ok()) return memory.status();
+  args.workspace = workspace.data();
+  ChunkLinearAttention(device, args);
   return absl::OkStatus();
 }
 

@@ -244,8 +244,9 @@ void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& args);
 // In tiles of 64 tokens counted from the first row of each sequence in the call (fla's chunk_size);
 // equal to the recurrent form up to rounding. Not with `key_sum_state`.
 void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
-// Bytes of workspace with which ChunkLinearAttention is fastest for these sizes and types; 0: it
-// has no use for any.
+// Bytes of workspace with which ChunkLinearAttention is fastest; 0: it has no use for any. The
+// pointers must be aligned as the call's own; more rows, sequences and a longer sequence than the
+// call's are allowed.
 size_t ChunkLinearAttentionBytes(Device& device, const LinearAttentionArgs& args);
 
 enum class AttentionForm : uint8_t { kRecurrent, kChunkwise };
@@ -281,7 +282,8 @@ struct LinearAttentionBackwardArgs {
   DType dtype;      // float32, bfloat16 or float16
   void* workspace;  // device memory, LinearAttentionBackwardBytes(); 256-byte aligned
 };
-// Bytes of `workspace` for these sizes and types; pointers are looked at only for null.
+// Bytes of `workspace` for this call. The pointers must be the call's own: which are null and how
+// they are aligned decides.
 size_t LinearAttentionBackwardBytes(Device& device, const LinearAttentionBackwardArgs& args,
                                     AttentionForm form);
 void RecurrentLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);

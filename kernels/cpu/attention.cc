@@ -247,5 +247,7 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
               });
 }
 
+size_t ChunkLinearAttentionBytes(Device&, const LinearAttentionArgs&) { return 0; }
+
 }  // namespace gla
 #endif  // HWY_ONCE

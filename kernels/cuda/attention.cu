@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attention_chunk.cuh"
 #include "kernels/cuda/attention_recurrent.cuh"
+#include "kernels/cuda/attention_tensor_entry.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/kernels.h"
 
@@ -132,6 +133,7 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
   CheckArgs(a);
   GLA_REQUIRES(a.key_sum_state == nullptr, "the chunkwise form does not normalize");
   if (a.seqs.num_seqs == 0) return;
+  if (a.workspace != nullptr && TensorForwardFits(a)) return TensorForward(device, a);
   const cudaStream_t stream = Queue(device);
   const size_t bytes = ChunkSharedBytes(a.key_dim);
   if (bytes > device.impl().max_shared_bytes) return RecurrentLinearAttention(device, a);
@@ -142,6 +144,10 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
     ChunkKernel<T><<<grid, kChunkThreads, bytes, stream>>>(a, tiles_v);
   });
   CUDA_CHECK(cudaGetLastError());
+}
+
+size_t ChunkLinearAttentionBytes(Device&, const LinearAttentionArgs& a) {
+  return TensorForwardFits(a) ? TensorForwardBytes(a) : 0;
 }
 
 }  // namespace gla

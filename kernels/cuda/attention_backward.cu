@@ -8,6 +8,7 @@
 #include "kernels/cuda/attention_backward_chunk.cuh"
 #include "kernels/cuda/attention_backward_recurrent.cuh"
 #include "kernels/cuda/attention_backward_walk.cuh"
+#include "kernels/cuda/attention_tensor_entry.h"
 #include "kernels/cuda/common.cuh"
 #include "kernels/kernels.h"
 
@@ -179,6 +180,7 @@ void LaunchChunks(Device& device, const BackwardPlan& p) {
 
 size_t LinearAttentionBackwardBytes(Device&, const LinearAttentionBackwardArgs& a,
                                     AttentionForm form) {
+  if (form == AttentionForm::kChunkwise && TensorBackwardFits(a)) return TensorBackwardBytes(a);
   size_t bytes;
   MakePlan(a, form, &bytes);
   return bytes;
@@ -194,6 +196,7 @@ void RecurrentLinearAttentionBackward(Device& device, const LinearAttentionBackw
 void ChunkLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& a) {
   CheckArgs(a);
   if (a.num_seqs == 0) return;
+  if (TensorBackwardFits(a)) return TensorBackward(device, a);
   const BackwardPlan p = PlanOf(a, AttentionForm::kChunkwise);
   WithInputType(a.dtype, [&]<typename T>() { LaunchChunks<T>(device, p); });
 }

@@ -48,9 +48,12 @@ struct KeyPrepareShared {
   bf16 k[kTileTokens][kPitch];
   float sums[kTileTokens][kPitch];  // G
   float totals[kPrepareThreads];
-  float halves[4][32][33];  // A of the second half of K, by warp and lane
-  int is_wide[4];           // blocks of 16 tokens whose gates span too much
-  char scores[kTileBytes];
+  int is_wide[4];  // blocks of 16 tokens whose gates span too much
+
+  // In the place of q and k: A of the second half of K by warp and lane, and then all of A.
+  __device__ float (*halves())[32][33] { return reinterpret_cast<float(*)[32][33]>(q); }
+  __device__ char* scores() { return reinterpret_cast<char*>(q); }
+  static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[4][32][33]));
 };
 
 // Element pair (row, column), (row, column + 1) of q or k times 2^(sign (G - ref)).
@@ -146,10 +149,40 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareKeyKernel(const Tensor
     load_a(ref0, ref1, x);
     add(b, x, ref0, ref1);
   }
-  float(&exchange)[33] = shared.halves[b][lane];
+  if (shared.is_wide[b] && half == 0) {  // exact, pair by pair; the other half adds nothing
+#pragma unroll 1
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        const int t = t0 + g + (e & 2 ? 8 : 0), s = t0 + 8 * n + c0 + (e & 1);
+        float sum = 0;
+        for (int c = 0; c < K && s <= t; ++c) {
+          sum += ToFloat(shared.q[t][c]) * ToFloat(shared.k[s][c]) *
+                 Exp2(shared.sums[t][c] - shared.sums[s][c]);
+        }
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {  // registers want constant indices
+          if (i == b * 8 + n * 4 + e) a[i / 8][i / 4 % 2][i % 4] = sum;
+        }
+      }
+    }
+  }
+  const bool is_replaced = shared.is_wide[b];
+  __syncthreads();  // q and k give their place
+  float(&exchange)[33] = shared.halves()[b][lane];
   if (half == 1) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) exchange[i] = a[i / 8][i / 4 % 2][i % 4];
+    for (int i = 0; i < 32; ++i) {
+      exchange[i] = is_replaced && i / 8 == b ? 0 : a[i / 8][i / 4 % 2][i % 4];
+    }
+  }
+  __syncthreads();
+  if (half == 0) {
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      a[i / 8][i / 4 % 2][i % 4] += exchange[i];
+      a[i / 8][i / 4 % 2][i % 4 + 1] += exchange[i + 1];
+    }
   }
   __syncthreads();
   if (half == 0) {
@@ -157,27 +190,16 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareKeyKernel(const Tensor
     for (int i = 0; i < 32; i += 2) {
       const int block = i / 8, n = i / 4 % 2, e = i % 4;
       const int t = t0 + g + (e & 2 ? 8 : 0), s = 16 * block + 8 * n + c0;
-      float low = p.scale * (a[block][n][e] + exchange[i]);
-      float high = p.scale * (a[block][n][e + 1] + exchange[i + 1]);
-      if (block == b && shared.is_wide[b]) {  // exact, pair by pair
-        low = high = 0;
-        for (int c = 0; c < K; ++c) {
-          const float q = p.scale * ToFloat(shared.q[t][c]), gt = shared.sums[t][c];
-          if (s <= t) low += q * ToFloat(shared.k[s][c]) * Exp2(gt - shared.sums[s][c]);
-          if (s + 1 <= t) {
-            high += q * ToFloat(shared.k[s + 1][c]) * Exp2(gt - shared.sums[s + 1][c]);
-          }
-        }
-      }
-      low = s <= t ? low : 0;  // above the diagonal there may be anything, infinity too
-      high = s + 1 <= t ? high : 0;
-      *reinterpret_cast<uint32_t*>(shared.scores + TileElement(t, s)) = PackBf16(low, high);
+      // above the diagonal there may be anything, infinity too
+      const float low = s <= t ? p.scale * a[block][n][e] : 0;
+      const float high = s + 1 <= t ? p.scale * a[block][n][e + 1] : 0;
+      *reinterpret_cast<uint32_t*>(shared.scores() + TileElement(t, s)) = PackBf16(low, high);
     }
   }
   __syncthreads();
   for (int i = id * 16; i < kTileBytes; i += kPrepareThreads * 16) {
     *reinterpret_cast<uint4*>(p.scores + at.index * kTileBytes + i) =
-        *reinterpret_cast<const uint4*>(shared.scores + i);
+        *reinterpret_cast<const uint4*>(shared.scores() + i);
   }
 }
 
@@ -270,15 +292,17 @@ struct ChainShape {
 // without the tiles' states: the segment's own contribution, and its decay.
 template <int K, bool kEnds>
 __global__ void __launch_bounds__(ChainShape<K>::kThreads)
-    ChainKernel(const TensorProblem p, const ChainArgs args) {
+    ChainKernel(const TensorProblem p, const Chains chains) {
   using Shape = ChainShape<K>;
+  const ChainArgs& args = chains.of[blockIdx.x % chains.count];
+  const int block = blockIdx.x / chains.count;
   extern __shared__ __align__(16) char raw_shared[];
   char* const stages = AlignedShared(raw_shared);
   char* const staging = stages + Shape::kStages * Shape::kStageBytes;
   const int id = threadIdx.x, group = id / 128;
-  const int value_tiles = p.value_dim / 64, value_tile = blockIdx.x % value_tiles;
-  const int head = blockIdx.x / value_tiles % p.heads;
-  const int segment = blockIdx.x / value_tiles / p.heads;
+  const int value_tiles = p.value_dim / 64, value_tile = block % value_tiles;
+  const int head = block / value_tiles % p.heads;
+  const int segment = block / value_tiles / p.heads;
   const int seq = FindSequence(p.segment_begin, p.num_seqs, segment);
   if (seq < 0) return;
   const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
@@ -314,7 +338,7 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   const float* initial = nullptr;
   if constexpr (!kEnds) {
     if (p.is_segmented()) {
-      initial = p.starts + segment_head * K * p.value_dim;
+      initial = p.starts[args.backwards] + segment_head * K * p.value_dim;
     } else if (args.initial.Of(seq) != nullptr) {
       initial = args.initial.Of(seq) + int64_t{head} * K * p.value_dim;
     }
@@ -373,10 +397,11 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
 
   float* out = nullptr;
   if constexpr (kEnds) {
-    out = p.starts + segment_head * K * p.value_dim;
+    out = p.starts[args.backwards] + segment_head * K * p.value_dim;
     if (value_tile == 0 && id % 4 == 0) {
-      p.segment_decays[segment_head * K + row] = decay_product[0];
-      p.segment_decays[segment_head * K + row + 8] = decay_product[1];
+      float* const decays = p.segment_decays[args.backwards] + segment_head * K + row;
+      decays[0] = decay_product[0];
+      decays[8] = decay_product[1];
     }
   } else if (is_last && args.final.Of(seq) != nullptr) {
     out = args.final.Of(seq) + int64_t{head} * K * p.value_dim;
@@ -391,43 +416,45 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
 }
 
 // From the segments' own contributions to their start states, four neighbours to a thread.
-__global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const States initial) {
+__global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const Chains chains) {
+  const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int64_t state = int64_t{p.key_dim} * p.value_dim;
-  const int64_t item = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 4;
+  const int64_t item = (int64_t{blockIdx.x / chains.count} * 256 + threadIdx.x) * 4;
   const int64_t head_seq = item / state, offset = item % state;
   const int head = static_cast<int>(head_seq % p.heads);
   const int seq = static_cast<int>(head_seq / p.heads);
   if (seq >= p.num_seqs) return;
   float4 start = {0, 0, 0, 0};
-  if (initial.Of(seq) != nullptr) start = LoadFour(initial.Of(seq) + head * state + offset);
+  const float* const initial = args.initial.Of(seq);
+  if (initial != nullptr) start = LoadFour(initial + head * state + offset);
   const int key = static_cast<int>(offset / p.value_dim);
   for (int segment = p.segment_begin[seq]; segment < p.segment_begin[seq + 1]; ++segment) {
     const int64_t index = int64_t{segment} * p.heads + head;
-    float* const at = p.starts + index * state + offset;
+    float* const at = p.starts[args.backwards] + index * state + offset;
     const bool is_last = segment + 1 == p.segment_begin[seq + 1];
     const float4 own = is_last ? float4{0, 0, 0, 0} : LoadFour(at);
     StoreFour(at, start);
     if (is_last) break;
-    const float d = p.segment_decays[index * p.key_dim + key];
+    const float d = p.segment_decays[args.backwards][index * p.key_dim + key];
     start = {fmaf(d, start.x, own.x), fmaf(d, start.y, own.y), fmaf(d, start.z, own.z),
              fmaf(d, start.w, own.w)};
   }
 }
 
 template <int K, bool kEnds>
-void LaunchChain(const TensorProblem& p, const ChainArgs& args, cudaStream_t stream) {
+void LaunchChain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
   using Shape = ChainShape<K>;
   const auto kernel = ChainKernel<K, kEnds>;
-  AllowShared(reinterpret_cast<const void*>(kernel), Shape::kBytes);
+  AllowShared(kernel, Shape::kBytes);
   const int64_t segments = p.is_segmented() ? p.max_segments() : p.num_seqs;
-  kernel<<<GridOf(segments * p.heads * (p.value_dim / 64)), Shape::kThreads, Shape::kBytes,
-           stream>>>(p, args);
+  kernel<<<GridOf(segments * p.heads * (p.value_dim / 64) * chains.count), Shape::kThreads,
+           Shape::kBytes, stream>>>(p, chains);
   CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace
 
-size_t PlaceWorkspace(TensorProblem& p, char* memory) {
+size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   size_t used = 0;
   const auto place = [&]<typename T>(T*& pointer, int64_t bytes) {
     pointer = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
@@ -441,8 +468,10 @@ size_t PlaceWorkspace(TensorProblem& p, char* memory) {
   place(p.scores, tile_heads * kTileBytes);
   place(p.decays, tile_heads * p.key_dim * 4);
   const int64_t segment_heads = p.is_segmented() ? p.max_segments() * p.heads : 0;
-  place(p.starts, segment_heads * p.key_dim * p.value_dim * 4);
-  place(p.segment_decays, segment_heads * p.key_dim * 4);
+  for (int i = 0; i < num_chains; ++i) {
+    place(p.starts[i], segment_heads * p.key_dim * p.value_dim * 4);
+    place(p.segment_decays[i], segment_heads * p.key_dim * 4);
+  }
   return used;
 }
 
@@ -453,21 +482,22 @@ void Prepare(const TensorProblem& p, cudaStream_t stream) {
     const bool per_key = p.gate_kind == GateKind::kPerKey;
     void (*const kernel)(TensorProblem) = per_key ? &PrepareKeyKernel<K> : &PrepareStepKernel<K>;
     const size_t bytes = per_key ? sizeof(KeyPrepareShared<K>) : StepPrepareBytes<K>();
-    AllowShared(reinterpret_cast<const void*>(kernel), bytes);
+    AllowShared(kernel, bytes);
     kernel<<<GridOf(p.max_tiles() * p.heads), kPrepareThreads, bytes, stream>>>(p);
   });
   CUDA_CHECK(cudaGetLastError());
 }
 
-void Chain(const TensorProblem& p, const ChainArgs& args, cudaStream_t stream) {
+void Chain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
   WithKeyDim(p.key_dim, [&]<int K>() {
     if (p.is_segmented()) {
-      LaunchChain<K, true>(p, args, stream);
+      LaunchChain<K, true>(p, chains, stream);
       const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
-      ScanKernel<<<GridOf(CeilDiv<int64_t>(fours, 256)), 256, 0, stream>>>(p, args.initial);
+      ScanKernel<<<GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), 256, 0, stream>>>(p,
+                                                                                          chains);
       CUDA_CHECK(cudaGetLastError());
     }
-    LaunchChain<K, false>(p, args, stream);
+    LaunchChain<K, false>(p, chains, stream);
   });
 }
 

@@ -64,8 +64,9 @@ struct TensorProblem {
   char* keys;              // k~: the same
   char* scores;            // A: [tiles, H] tiles
   float* decays;           // D: [tiles, H, K]
-  float* starts;           // [segments, H, K, V]: local end states, then start states
-  float* segment_decays;   // [segments, H, K]
+  // By direction of the chain, forwards and backwards.
+  float* starts[2];          // [segments, H, K, V]: local end states, then start states
+  float* segment_decays[2];  // [segments, H, K]
 
   // Upper bounds, known without looking at cu_seqlens.
   __host__ __device__ int64_t max_tiles() const { return num_rows / kTileTokens + num_seqs; }
@@ -257,15 +258,9 @@ inline bool AllowsPieces(const void* data, int64_t stride, DType dtype) {
   return IsAligned(data, 16) && stride * SizeOf(dtype) % 16 == 0;
 }
 
-inline void AllowShared(const void* kernel, size_t bytes) {
-  if (bytes <= size_t{48} << 10) return;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)));
-}
-
-// Places the shared part of the workspace from `memory` on and returns its bytes (memory null: only
-// counts).
-size_t PlaceWorkspace(TensorProblem& p, char* memory);
+// Places the shared part of the workspace from `memory` on, for one chain or for both, and returns
+// its bytes (memory null: only counts).
+size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory);
 
 // tile_begin, segment_begin, then q~, k~, D and A of every tile.
 void Prepare(const TensorProblem& p, cudaStream_t stream);
@@ -280,6 +275,11 @@ struct ChainArgs {
   States final;            // dropped where there is none
   char* states = nullptr;  // out: [tiles, H, V / 64] of K x 64: before (backwards: after) each tile
 };
-void Chain(const TensorProblem& p, const ChainArgs& args, cudaStream_t stream);
+// Two chains at once, forwards and backwards, keep twice the copies under way.
+struct Chains {
+  ChainArgs of[2];
+  int count;  // 1: forwards only
+};
+void Chain(const TensorProblem& p, const Chains& chains, cudaStream_t stream);
 
 }  // namespace gla

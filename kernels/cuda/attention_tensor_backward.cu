@@ -708,7 +708,7 @@ bool TensorBackwardFits(const LinearAttentionBackwardArgs& a) {
 
 size_t TensorBackwardBytes(const LinearAttentionBackwardArgs& a) {
   BackwardProblem b = ProblemOf(a);
-  return PlaceWorkspace(b.p, nullptr) + 2 * StateImageBytes(b.p);
+  return PlaceWorkspace(b.p, 2, nullptr) + 2 * StateImageBytes(b.p);
 }
 
 void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
@@ -716,35 +716,33 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
   BackwardProblem b = ProblemOf(a);
   TensorProblem& p = b.p;
   char* const workspace = static_cast<char*>(a.workspace);
-  char* const states = workspace + PlaceWorkspace(p, workspace);
+  char* const states = workspace + PlaceWorkspace(p, 2, workspace);
   char* const d_states = states + StateImageBytes(p);
   b.states = states, b.d_states = d_states;
   const int64_t stride = int64_t{p.heads} * p.key_dim * p.value_dim;
   Prepare(p, stream);
-  Chain(p,
-        {.keys = p.keys,
-         .values = p.v,
-         .value_stride = p.v_stride,
-         .backwards = false,
-         .initial = {const_cast<float*>(a.initial_state), nullptr, stride},
-         .final = {},
-         .states = states},
-        stream);
-  Chain(p,
-        {.keys = p.queries,
-         .values = b.d_o,
-         .value_stride = p.v_stride,
-         .backwards = true,
-         .initial = {const_cast<float*>(a.d_final_state), nullptr, stride},
-         .final = {a.d_initial_state, nullptr, stride},
-         .states = d_states},
-        stream);
+  Chains chains = {.count = 2};
+  chains.of[0] = {.keys = p.keys,
+                  .values = p.v,
+                  .value_stride = p.v_stride,
+                  .backwards = false,
+                  .initial = {const_cast<float*>(a.initial_state), nullptr, stride},
+                  .final = {},
+                  .states = states};
+  chains.of[1] = {.keys = p.queries,
+                  .values = b.d_o,
+                  .value_stride = p.v_stride,
+                  .backwards = true,
+                  .initial = {const_cast<float*>(a.d_final_state), nullptr, stride},
+                  .final = {a.d_initial_state, nullptr, stride},
+                  .states = d_states};
+  Chain(p, chains, stream);
   WithKeyDim(p.key_dim, [&]<int K>() {
     const bool per_key = p.gate_kind == GateKind::kPerKey;
     void (*const kernel)(BackwardProblem) =
         per_key ? &BackwardKernel<K, true> : &BackwardKernel<K, false>;
     const size_t bytes = per_key ? BackwardBytes<K, true>() : BackwardBytes<K, false>();
-    AllowShared(reinterpret_cast<const void*>(kernel), bytes);
+    AllowShared(kernel, bytes);
     kernel<<<GridOf(p.max_tiles() * p.heads), BackwardShape<K>::kThreads, bytes, stream>>>(b);
   });
   CUDA_CHECK(cudaGetLastError());

@@ -99,26 +99,26 @@ bool TensorForwardFits(const LinearAttentionArgs& a) {
 
 size_t TensorForwardBytes(const LinearAttentionArgs& a) {
   TensorProblem p = ProblemOf(a);
-  return PlaceWorkspace(p, nullptr) + StateImageBytes(p);
+  return PlaceWorkspace(p, 1, nullptr) + StateImageBytes(p);
 }
 
 void TensorForward(Device& device, const LinearAttentionArgs& a) {
   const cudaStream_t stream = Queue(device);
   TensorProblem p = ProblemOf(a);
   char* const workspace = static_cast<char*>(a.workspace);
-  char* const states = workspace + PlaceWorkspace(p, workspace);
+  char* const states = workspace + PlaceWorkspace(p, 1, workspace);
   Prepare(p, stream);
-  Chain(p,
-        {.keys = p.keys,
-         .values = p.v,
-         .value_stride = p.v_stride,
-         .backwards = false,
-         .initial = {a.state, a.seqs.read_slots, a.state_stride},
-         .final = {a.state, a.seqs.write_slots, a.state_stride},
-         .states = states},
-        stream);
+  Chains chains = {.count = 1};
+  chains.of[0] = {.keys = p.keys,
+                  .values = p.v,
+                  .value_stride = p.v_stride,
+                  .backwards = false,
+                  .initial = {a.state, a.seqs.read_slots, a.state_stride},
+                  .final = {a.state, a.seqs.write_slots, a.state_stride},
+                  .states = states};
+  Chain(p, chains, stream);
   WithKeyDim(p.key_dim, [&]<int K>() {
-    AllowShared(reinterpret_cast<const void*>(OutputKernel<K>), OutputBytes<K>());
+    AllowShared(OutputKernel<K>, OutputBytes<K>());
     OutputKernel<K>
         <<<GridOf(p.max_tiles() * p.heads * (p.value_dim / 64)), 128, OutputBytes<K>(), stream>>>(
             p, states, static_cast<bf16*>(a.o), a.o_stride);

@@ -111,22 +111,33 @@ void Model::Impl::MapFeatures(const FeatureMapWeights& map, Rows x, int heads, b
   ApplyFeatureMap(device, args);
 }
 
-void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, float* states) {
+LinearAttentionArgs Model::Impl::RecurrenceArgs(int64_t qk_stride, int64_t v_stride) const {
   LinearAttentionArgs args{};
-  args.state = states + layer * state.recurrent;
   args.state_stride = state.floats;
   args.num_heads = config.num_heads;
   args.num_kv_heads = config.num_kv_heads;
   args.key_dim = config.feature_dim;
   args.value_dim = config.head_value_dim;
   args.state_heads = state.state_heads;
-  args.q_stride = q.stride;
-  args.k_stride = k.stride;
-  args.v_stride = v.stride;
+  args.q_stride = args.k_stride = qk_stride;
+  args.v_stride = v_stride;
   args.o_stride = mixed.stride;
   args.gate_stride = gate.stride;
   args.scale = 1.0f / std::sqrt(static_cast<float>(config.feature_dim));
   args.dtype = options.dtype;
+  if (config.family == ModelFamily::kGla) {
+    args.gate_kind = GateKind::kPerKey;
+  } else if (config.family == ModelFamily::kRetNet) {
+    args.gate_kind = GateKind::kConstant;
+    args.gate = weights.decay.data();
+  }
+  return args;
+}
+
+void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, float* states) {
+  LinearAttentionArgs args = RecurrenceArgs(q.stride, v.stride);
+  args.state = states + layer * state.recurrent;
+  args.workspace = chunk_workspace.data();
   if (config.norm_feature_map) {
     args.key_sum_state = states + state.key_sums_begin + layer * state.key_sum;
   }
@@ -135,13 +146,7 @@ void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, float* states) {
     args.k = k.From(run.first_row).data;
     args.v = v.From(run.first_row).data;
     args.o = mixed.From(run.first_row).data;
-    if (config.family == ModelFamily::kGla) {
-      args.gate_kind = GateKind::kPerKey;
-      args.gate = gate.From(run.first_row).data;
-    } else if (config.family == ModelFamily::kRetNet) {
-      args.gate_kind = GateKind::kConstant;
-      args.gate = weights.decay.as<float>();
-    }
+    if (config.family == ModelFamily::kGla) args.gate = gate.From(run.first_row).data;
     args.seqs = run.seqs;
     if (run.is_chunkwise) {
       ChunkLinearAttention(device, args);

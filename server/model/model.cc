@@ -96,6 +96,15 @@ absl::Status Model::Impl::Allocate() {
   last = AllocateRows(logit_rows, hidden, DType::kFloat32);
   logits = AllocateRows(logit_rows, config.vocab_size, DType::kFloat32);
 
+  if (!out_of_memory && options.prefill_form == PrefillForm::kChunkwise) {
+    const Rows& v = config.use_short_conv ? conv : proj;
+    LinearAttentionArgs args =
+        RecurrenceArgs(maps_features() ? features.stride : v.stride, v.stride);
+    args.seqs.num_rows = args.seqs.max_len = options.max_rows;
+    args.seqs.num_seqs = options.max_seqs;
+    chunk_workspace = DeviceBuffer(device, ChunkLinearAttentionBytes(device, args));
+    out_of_memory = !chunk_workspace.ok();
+  }
   if (!out_of_memory) {
     inputs.emplace(device, options.max_rows, options.max_seqs, options.max_logit_rows);
     out_of_memory = !inputs->ok();

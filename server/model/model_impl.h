@@ -62,6 +62,8 @@ struct Model::Impl {
   void AddProduct(const PackedWeight& weight, Rows x, int rows);
   void MapFeatures(const FeatureMapWeights& map, Rows x, int heads, bool normalize, Rows y,
                    int rows);
+  // All that is the same for every layer and run.
+  LinearAttentionArgs RecurrenceArgs(int64_t qk_stride, int64_t v_stride) const;
   void Recurrence(int layer, Rows q, Rows k, Rows v, float* states);
 
   bool maps_features() const {
@@ -85,6 +87,7 @@ struct Model::Impl {
   Rows features;                 // [T, q | k] after the feature map
   Rows head_in, head_1, head_2;  // [T * H, head_key_dim], inside a feature map
   Rows gate;                     // [T, G * K] float32
+  DeviceBuffer chunk_workspace;  // of the chunkwise form
   Rows mixed;                    // [T, H * V]
   Rows mixed_normed;             // [T, H * V]
   Rows gate_up;                  // [T, 2 * intermediate]
