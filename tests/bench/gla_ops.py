@@ -20,7 +20,7 @@ _SIZES = ["num_seqs", "num_rows", "max_len", "num_heads", "num_kv_heads", "key_d
 class Forward(ctypes.Structure):
     _fields_ = [(name, _POINTER) for name in
                 ("q", "k", "v", "gate", "o", "state", "key_sum_state", "cu_seqlens", "read_slots",
-                 "write_slots")] + \
+                 "write_slots", "workspace")] + \
                [("state_stride", ctypes.c_int64)] + [(name, _INT) for name in _SIZES] + \
                [("scale", ctypes.c_float)]
 
@@ -47,6 +47,12 @@ class Library:
         lib.gla_ops_open.restype = _POINTER
         lib.gla_ops_backend.restype = lib.gla_ops_device_name.restype = ctypes.c_char_p
         lib.gla_ops_memory_in_use.restype = lib.gla_ops_backward_bytes.restype = ctypes.c_uint64
+        lib.gla_ops_forward_bytes.restype = ctypes.c_uint64
+        for name, struct in (("forward", Forward), ("backward", Backward)):
+            size = getattr(lib, f"gla_ops_{name}_struct_bytes")()
+            if size != ctypes.sizeof(struct):
+                raise RuntimeError(f"{path}: {name} takes a struct of {size} bytes, expected "
+                                   f"{ctypes.sizeof(struct)}: built from other sources?")
         error = ctypes.create_string_buffer(512)
         device = lib.gla_ops_open(ordinal, threads, error, ctypes.c_size_t(len(error)))
         if not device:
@@ -113,19 +119,24 @@ class Problem:
                                   dk=_address(self.dk), dv=_address(self.dv),
                                   d_gate=_address(self.d_gate),
                                   d_initial_state=_address(self.d_initial_state), **common)
-        self.workspace_bytes = 0
+        self.workspace_bytes = {}
         self._workspace = None
 
-    def _prepare_backward(self):
-        if self._workspace is None:
-            lib, device = self.library._lib, self.library._device
-            self.workspace_bytes = lib.gla_ops_backward_bytes(
+    def _prepare(self, forward, backward):
+        """A workspace for what is called; forward and backward take turns in the same one."""
+        lib, device = self.library._lib, self.library._device
+        if forward:
+            self.workspace_bytes["forward"] = lib.gla_ops_forward_bytes(
+                device, ctypes.byref(self._forward), self.form)
+        if backward:
+            self.workspace_bytes["backward"] = lib.gla_ops_backward_bytes(
                 device, ctypes.byref(self._backward), self.backward_form)
+        size = max(self.workspace_bytes.values(), default=0)
+        if size > 0 and (self._workspace is None or self._workspace.numel() < size):
             # 0xFF bytes are NaN: a read of what nothing wrote shows in the results.
-            self._workspace = torch.full((max(self.workspace_bytes, 1),), 255, dtype=torch.uint8,
-                                         device=self.o.device)
-            self._backward.workspace = self._workspace.data_ptr()
-            _wait(self.o)
+            self._workspace = torch.full((size,), 255, dtype=torch.uint8, device=self.o.device)
+            self._forward.workspace = self._backward.workspace = self._workspace.data_ptr()
+        _wait(self.o)
 
     def results(self):
         """By the names of the gradients' inputs; what does not exist is left out."""
@@ -140,9 +151,7 @@ class Problem:
 
     def run(self, forward=True, backward=True):
         lib, device = self.library._lib, self.library._device
-        if backward:
-            self._prepare_backward()
-        _wait(self.o)
+        self._prepare(forward, backward)
         if forward:
             lib.gla_ops_forward(device, ctypes.byref(self._forward), self.form)
         if backward:
@@ -151,9 +160,7 @@ class Problem:
 
     def time(self, repeats, replay, forward=True, backward=True):
         """Milliseconds of each of `repeats` runs; `replay`: captured once and replayed."""
-        if backward:
-            self._prepare_backward()
-        _wait(self.o)
+        self._prepare(forward, backward)
         milliseconds = (ctypes.c_double * repeats)()
         status = self.library._lib.gla_ops_time(
             self.library._device, ctypes.byref(self._forward) if forward else None, self.form,

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/kernels.h"
+#include "tests/bench/forward_workspace.h"
 #include "tests/bench/timing.h"
 
 #define GLA_OPS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -23,6 +24,7 @@ struct Forward {
   void* o;
   float *state, *key_sum_state;
   const int32_t *cu_seqlens, *read_slots, *write_slots;
+  void* workspace;
   int64_t state_stride;
   int32_t num_seqs, num_rows, max_len;
   int32_t num_heads, num_kv_heads, key_dim, value_dim, state_heads;
@@ -52,34 +54,36 @@ gla::LinearAttentionArgs ArgsOf(const Forward& f) {
   const int64_t gate_stride = kind == gla::GateKind::kScalar   ? kv_heads
                               : kind == gla::GateKind::kPerKey ? kv_heads * f.key_dim
                                                                : 0;
-  return {.q = f.q,
-          .k = f.k,
-          .v = f.v,
-          .gate_kind = kind,
-          .gate = f.gate,
-          .gate_dtype = static_cast<gla::DType>(f.gate_dtype),
-          .o = f.o,
-          .state = f.state,
-          .key_sum_state = f.key_sum_state,
-          .state_stride = f.state_stride,
-          .seqs = {.cu_seqlens = f.cu_seqlens,
-                   .read_slots = f.read_slots,
-                   .write_slots = f.write_slots,
-                   .num_seqs = f.num_seqs,
-                   .num_rows = f.num_rows,
-                   .max_len = f.max_len},
-          .num_heads = f.num_heads,
-          .num_kv_heads = f.num_kv_heads,
-          .key_dim = f.key_dim,
-          .value_dim = f.value_dim,
-          .state_heads = f.state_heads,
-          .q_stride = heads * f.key_dim,
-          .k_stride = kv_heads * f.key_dim,
-          .v_stride = kv_heads * f.value_dim,
-          .o_stride = heads * f.value_dim,
-          .gate_stride = gate_stride,
-          .scale = f.scale,
-          .dtype = static_cast<gla::DType>(f.dtype)};
+  gla::LinearAttentionArgs args{.q = f.q,
+                                .k = f.k,
+                                .v = f.v,
+                                .gate_kind = kind,
+                                .gate = f.gate,
+                                .gate_dtype = static_cast<gla::DType>(f.gate_dtype),
+                                .o = f.o,
+                                .state = f.state,
+                                .key_sum_state = f.key_sum_state,
+                                .state_stride = f.state_stride,
+                                .seqs = {.cu_seqlens = f.cu_seqlens,
+                                         .read_slots = f.read_slots,
+                                         .write_slots = f.write_slots,
+                                         .num_seqs = f.num_seqs,
+                                         .num_rows = f.num_rows,
+                                         .max_len = f.max_len},
+                                .num_heads = f.num_heads,
+                                .num_kv_heads = f.num_kv_heads,
+                                .key_dim = f.key_dim,
+                                .value_dim = f.value_dim,
+                                .state_heads = f.state_heads,
+                                .q_stride = heads * f.key_dim,
+                                .k_stride = kv_heads * f.key_dim,
+                                .v_stride = kv_heads * f.value_dim,
+                                .o_stride = heads * f.value_dim,
+                                .gate_stride = gate_stride,
+                                .scale = f.scale,
+                                .dtype = static_cast<gla::DType>(f.dtype)};
+  gla::bench::SetForwardWorkspace(args, f.workspace);
+  return args;
 }
 
 gla::LinearAttentionBackwardArgs ArgsOf(const Backward& b) {
@@ -144,6 +148,10 @@ GLA_OPS_EXPORT gla::Device* gla_ops_open(int ordinal, int num_threads, char* err
   return device.release();
 }
 
+// Sizes of the structs, for the caller to compare with its own declaration.
+GLA_OPS_EXPORT int gla_ops_forward_struct_bytes() { return sizeof(Forward); }
+GLA_OPS_EXPORT int gla_ops_backward_struct_bytes() { return sizeof(Backward); }
+
 GLA_OPS_EXPORT void gla_ops_close(gla::Device* device) { delete device; }
 
 GLA_OPS_EXPORT const char* gla_ops_backend() { return gla::Device::backend(); }
@@ -164,6 +172,12 @@ GLA_OPS_EXPORT void gla_ops_forward(gla::Device* device, const Forward* forward,
   Run(*device, *forward, static_cast<gla::AttentionForm>(form));
 }
 
+// Bytes of workspace, at pointers of which only null matters.
+GLA_OPS_EXPORT uint64_t gla_ops_forward_bytes(gla::Device* device, const Forward* forward,
+                                              int form) {
+  return gla::bench::ForwardWorkspaceBytes(*device, ArgsOf(*forward),
+                                           static_cast<gla::AttentionForm>(form));
+}
 GLA_OPS_EXPORT uint64_t gla_ops_backward_bytes(gla::Device* device, const Backward* backward,
                                                int form) {
   return gla::LinearAttentionBackwardBytes(*device, ArgsOf(*backward),
