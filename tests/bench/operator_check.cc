@@ -121,26 +121,31 @@ OperatorCase::Slice OperatorCase::SliceOf(int seq, int head, int first_row, int 
 
 void OperatorCase::CheckColumns(int seq, int head, const Found& found, Errors& errors) const {
   const OperatorConfig& c = config_;
-  for (const int column : {0, c.value_dim / 2, c.value_dim - 1}) {
-    const Slice slice = SliceOf(seq, head, 0, c.key_dim, column, 1);
-    const bool forward = c.pass == Pass::kForward;
-    Doubles rows, states;  // of o and the final state, or of dv and the initial state's gradient
+  const bool forward = c.pass == Pass::kForward;
+  const int columns[] = {0, c.value_dim / 2, c.value_dim - 1};
+  Doubles rows[3],
+      states[3];  // of o and the final state, or of dv and the initial state's gradient
+  ParallelFor(3, [&](int n) {
+    const Slice slice = SliceOf(seq, head, 0, c.key_dim, columns[n], 1);
     if (forward) {
       reference::AttentionOutputs expected = reference::AttentionForward(slice.problem);
-      rows = std::move(expected.o), states = std::move(expected.final_state);
+      rows[n] = std::move(expected.o), states[n] = std::move(expected.final_state);
     } else {
       reference::AttentionGradients expected =
           reference::AttentionBackward(slice.problem, slice.d_o, slice.d_final_state);
-      rows = std::move(expected.dv), states = std::move(expected.d_initial_state);
+      rows[n] = std::move(expected.dv), states[n] = std::move(expected.d_initial_state);
     }
+  });
+  const std::vector<float>& found_rows = found[forward ? kO : kDv];
+  const std::vector<float>& found_states = found[forward ? kState : kDInitialState];
+  for (int n = 0; n < 3; ++n) {
     for (int t = 0; t < c.length; ++t) {
-      errors.Add(forward ? "o" : "dv",
-                 found[forward ? kO : kDv][row_of(seq, t, head) * c.value_dim + column], rows[t]);
+      errors.Add(forward ? "o" : "dv", found_rows[row_of(seq, t, head) * c.value_dim + columns[n]],
+                 rows[n][t]);
     }
     for (int i = 0; i < c.key_dim; ++i) {
       errors.Add(forward ? "the final state" : "d_initial_state",
-                 found[forward ? kState : kDInitialState][state_row(seq, head, i) + column],
-                 states[i]);
+                 found_states[state_row(seq, head, i) + columns[n]], states[n][i]);
     }
   }
 }
