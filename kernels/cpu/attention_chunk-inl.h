@@ -1,12 +1,11 @@
 // The recurrence in tiles of 16 tokens, by small matrix products.
 //
-// Within a tile, with D(s, t) the product of the decays of the tokens after s up to t, and D(0, t),
-// D(s, end) those from the tile's start and to its end:
+// Within a tile, with the products of decays D of attention_tile-inl.h:
 //   A_ts = sum_k q_t k_s D(s, t)                     s <= t
 //   o_t  = sum_s A_ts v_s + (q_t D(0, t)) S
 //   S    = D(0, end) S + sum_s (k_s D(s, end))^T v_s
-// Products of decays are at most 1, so nothing is ever divided by a decay. Tiles are small because
-// here, unlike on a GPU, the state rests in the first-level cache between them.
+// Tiles are small because here, unlike on a GPU, the state rests in the first-level cache between
+// them.
 
 // The usual guard, once per instruction set.
 #if defined(GLA_KERNELS_CPU_ATTENTION_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -30,30 +29,29 @@ constexpr int kTilesPerBlock = 4;
 
 // The arrays of one state, or of some of its columns.
 struct ChunkScratch {
-  ChunkScratch(int padded_k, int strips, int reps, std::vector<float>& memory) {
-    const size_t keys = static_cast<size_t>(kMaxTile) * padded_k, pairs = kMaxTile * kMaxTile,
-                 rows = kMaxTile * kStrip;
-    memory.resize(static_cast<size_t>(strips) * padded_k * kStrip +
-                  kTilesPerBlock * (reps + 1) * keys + kTilesPerBlock * padded_k +
-                  kTilesPerBlock * reps * pairs + pairs + 3 * keys + 2 * rows);
+  ChunkScratch(int padded_k, int strips, int reps, std::vector<float>& memory)
+      : padded_k(padded_k), reps(reps) {
+    const size_t k = padded_k, tiles = kTilesPerBlock;
+    memory.resize(strips * k * kStrip + tiles * ((reps + 1) * kMaxTile * k + k + reps * kPairs) +
+                  2 * kMaxTile * kStrip + TileScratch::Size(padded_k));
     float* next = memory.data();
     const auto take = [&next](size_t n) { return (next += n) - n; };
-    state = take(static_cast<size_t>(strips) * padded_k * kStrip);
-    q = take(kTilesPerBlock * reps * keys), k = take(kTilesPerBlock * keys);
-    tile_decay = take(kTilesPerBlock * static_cast<size_t>(padded_k));
-    scores = take(kTilesPerBlock * reps * pairs), pair_decays = take(pairs);
-    decay = take(keys), transposed_k = take(keys), raw_q = take(keys);
-    v = take(rows), o = take(rows);
+    state = take(strips * k * kStrip);
+    keys = {take(tiles * reps * kMaxTile * k), take(tiles * kMaxTile * k), take(tiles * k),
+            take(tiles * reps * kPairs)};
+    v = take(kMaxTile * kStrip), o = take(kMaxTile * kStrip);
+    scratch = next;
+  }
+  TileKeys tile(int i) const {
+    return {keys.q + i * reps * kMaxTile * padded_k, keys.k + i * kMaxTile * padded_k,
+            keys.decay + i * padded_k, keys.scores + i * reps * kPairs};
   }
 
-  float* state;       // [strips, padded_k, 32]
-  float* q;           // [4, reps, 16, padded_k]: scale q_t D(0, t)
-  float* k;           // [4, 16, padded_k]: k_s D(s, end)
-  float* tile_decay;  // [4, padded_k]: D(0, end)
-  float* scores;      // [4, reps, 16, 16]: A
-  float* pair_decays;
-  float *decay, *transposed_k, *raw_q;
-  float *v, *o;  // [16, 32]
+  int padded_k, reps;
+  float* state;   // [strips, padded_k, 32]
+  TileKeys keys;  // of the first tile in the block
+  float *v, *o;   // [16, 32]
+  float* scratch;
 };
 
 // One block of tokens, from `row` on.
@@ -65,57 +63,26 @@ struct ChunkBlock {
   int tile_len(int tile) const { return std::min(kMaxTile, len - tile * kMaxTile); }
 };
 
-template <typename T>
-void PrepareBlock(const LinearAttentionArgs& a, const HeadMap& heads, const ChunkBlock& block,
-                  ChunkScratch& w) {
-  const GateView gate(a);
-  const int K = a.key_dim, padded_k = PaddedKeys(K), keys = kMaxTile * padded_k;
-  const bool gated = gate.kind != GateKind::kNone, per_key = gate.kind == GateKind::kPerKey;
-  for (int tile = 0; tile < block.tiles(); ++tile) {
-    const int64_t row = block.tile_row(tile);
-    const int len = block.tile_len(tile);
-    float* k = w.k + tile * keys;
-    LoadTile(static_cast<const T*>(a.k) + row * a.k_stride + heads.group * K, a.k_stride, len, K,
-             padded_k, 1.0f, k);
-    if (gated) LoadDecays(gate, row, len, heads, K, w.decay);
-    if (!per_key) PairDecays(gated ? w.decay : nullptr, len, padded_k, w.pair_decays);
-    for (int rep = 0; rep < heads.reps; ++rep) {
-      float* q = w.q + (tile * heads.reps + rep) * keys;
-      float* scores = w.scores + (tile * heads.reps + rep) * kMaxTile * kMaxTile;
-      LoadTile(static_cast<const T*>(a.q) + row * a.q_stride + (heads.first + rep) * K, a.q_stride,
-               len, K, padded_k, a.scale, q);
-      if (per_key) {
-        PerKeyScores(q, k, w.decay, len, padded_k, scores);
-      } else {
-        SharedDecayScores(q, k, w.pair_decays, padded_k, w.transposed_k, scores);
-      }
-      if (gated) DampFromStart(w.decay, len, padded_k, q, w.tile_decay + tile * padded_k);
-    }
-    if (gated) DampToEnd(w.decay, len, padded_k, k);
-  }
-}
-
 // The columns [col, col + 32) of the block's output, and of the state after it.
 template <typename T>
 void AdvanceStripByTiles(const LinearAttentionArgs& a, const HeadMap& heads,
-                         const ChunkBlock& block, int col, ChunkScratch& w, float* strip) {
-  const int padded_k = PaddedKeys(a.key_dim), keys = kMaxTile * padded_k;
+                         const ChunkBlock& block, int col, const ChunkScratch& w, float* strip) {
   const int cols = std::min(kStrip, a.value_dim - col);
-  for (int tile = 0; tile < block.tiles(); ++tile) {
-    const int64_t row = block.tile_row(tile);
-    const int len = block.tile_len(tile);
-    LoadTile(static_cast<const T*>(a.v) + row * a.v_stride + heads.group * a.value_dim + col,
-             a.v_stride, len, cols, kStrip, 1.0f, w.v);
+  for (int i = 0; i < block.tiles(); ++i) {
+    const int64_t row = block.tile_row(i);
+    const int len = block.tile_len(i);
+    const TileKeys keys = w.tile(i);
+    LoadTile<kMaxTile>(
+        static_cast<const T*>(a.v) + row * a.v_stride + heads.group * a.value_dim + col, a.v_stride,
+        len, cols, kStrip, 1.0f, w.v);
     for (int rep = 0; rep < heads.reps; ++rep) {
-      const int at = tile * heads.reps + rep;
-      ReadStrip(len, padded_k, w.q + at * keys, strip, w.scores + at * kMaxTile * kMaxTile,
-                kMaxTile, 1, w.v, w.o);
+      ReadStrip<kMaxTile>(len, w.padded_k, keys.q + rep * kMaxTile * w.padded_k, strip, 1,
+                          keys.scores + rep * kPairs, kMaxTile, 1, w.v, w.o);
       T* o = static_cast<T*>(a.o) + row * a.o_stride + (heads.first + rep) * a.value_dim + col;
       for (int t = 0; t < len; ++t) Convert(w.o + t * kStrip, o + t * a.o_stride, cols);
     }
-    UpdateStrip(len, padded_k,
-                a.gate_kind == GateKind::kNone ? nullptr : w.tile_decay + tile * padded_k,
-                w.k + tile * keys, w.v, strip);
+    UpdateStrip(len, w.padded_k, a.gate_kind == GateKind::kNone ? nullptr : keys.decay, keys.k, w.v,
+                strip);
   }
 }
 
@@ -136,11 +103,16 @@ void ChunkState(const LinearAttentionArgs& a, int seq, int state_head, int first
     LoadStateStrip(read < 0 ? nullptr : a.state + read * a.state_stride + offset, K, V,
                    strip * kStrip, strip_at(strip));
   }
+  const TileInputs inputs{a.q, a.k, a.q_stride, a.k_stride, K, a.scale, GateView(a)};
+  const TileScratch scratch(w.scratch, padded_k);
   const int64_t end = a.seqs.cu_seqlens[seq + 1];
   constexpr int kBlock = kTilesPerBlock * kMaxTile;
   for (int64_t row = a.seqs.cu_seqlens[seq]; row < end; row += kBlock) {
     const ChunkBlock block{row, static_cast<int>(std::min<int64_t>(kBlock, end - row))};
-    PrepareBlock<T>(a, heads, block, w);
+    for (int i = 0; i < block.tiles(); ++i) {
+      PrepareTile<kMaxTile, T>(inputs, heads, block.tile_row(i), block.tile_len(i), scratch,
+                               w.tile(i));
+    }
     for (int strip = first_strip; strip < last_strip; ++strip) {
       AdvanceStripByTiles<T>(a, heads, block, strip * kStrip, w, strip_at(strip));
     }
