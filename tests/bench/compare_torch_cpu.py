@@ -154,6 +154,8 @@ def compare(library, op, shape, rounds):
         row[key] = {name: dict(forward=choose(pair[0] for pair in pairs),
                                both=choose(pair[1] for pair in pairs))
                     for name, pairs in times.items()}
+    print("  " + ", ".join(f"{name} {value['forward']:.1f} / {value['both']:.1f} ms"
+                           for name, value in row["milliseconds"].items()), flush=True)
     return row
 
 
