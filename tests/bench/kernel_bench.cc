@@ -28,7 +28,7 @@ constexpr char kUsage[] =
     "  [--shapes 8x2048,...] [--pass forward|backward|both] [--form recurrent|chunkwise]\n"
     "  [--dtype float32|bfloat16|float16] [--threads N] [--backend cpu|cuda] [--json]\n"
     "heads: H x K x V; shapes: sequences x tokens, one token is a decode step (forward only).\n"
-    "Without --form, decode steps and the CPU are recurrent, the rest chunkwise.\n";
+    "Without --form the one that the operators choose: recurrent to 64 tokens, else chunkwise.\n";
 
 constexpr size_t kRoundBytes = size_t{256} << 20;  // several times any second-level cache
 
@@ -114,8 +114,7 @@ std::vector<std::pair<std::string, OperatorConfig>> Cases(const Flags& flags) {
           const bool forward = pass == Pass::kForward, decode = shape[1] == 1;
           if (flags.pass != "both" && flags.pass != (forward ? "forward" : "backward")) continue;
           if (decode && !forward) continue;
-          const bool chunkwise =
-              flags.form.empty() ? kOnCuda && !decode : flags.form == "chunkwise";
+          const bool chunkwise = flags.form.empty() ? shape[1] > 64 : flags.form == "chunkwise";
           cases.emplace_back(
               op, OperatorConfig{
                       .gate_kind = op == "gla"          ? GateKind::kPerKey
@@ -137,9 +136,9 @@ std::vector<std::pair<std::string, OperatorConfig>> Cases(const Flags& flags) {
   return cases;
 }
 
-// Runs for about a second, five rounds at least.
+// Rounds for a fifth of a second, five at least.
 int RepeatsFor(double milliseconds) {
-  return std::clamp(static_cast<int>((kOnCuda ? 200 : 1000) / std::max(milliseconds, 1e-3)), 5, 50);
+  return std::clamp(static_cast<int>(200 / std::max(milliseconds, 1e-3)), 5, 50);
 }
 
 absl::StatusOr<nlohmann::json> Measure(Device& device, const std::string& op,
