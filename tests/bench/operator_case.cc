@@ -12,7 +12,7 @@ namespace gla::bench {
 namespace {
 
 constexpr int kTile = 64;
-constexpr int kMaxSets = 1024;
+constexpr int kMaxSets = 256;
 
 // About N(0, 1), fast: the sum of the four 16-bit parts of a splitmix64 word, which has variance
 // 4 / 12 in units of 2^16.
