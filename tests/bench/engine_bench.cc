@@ -25,6 +25,7 @@
 #include "kernels/kernels.h"
 #include "model/checkpoint.h"
 #include "model/model.h"
+#include "tests/bench/timing.h"
 #include "tests/tools/sibling.h"
 
 namespace gla {
@@ -109,29 +110,6 @@ double Seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
-// Bytes read and written per second by a copy far larger than any cache.
-absl::StatusOr<double> CopyRate(Device& device) {
-  const size_t bytes = size_t{1} << (std::string(Device::backend()) == "cuda" ? 30 : 28);
-  const DeviceBuffer from(device, bytes), to(device, bytes);
-  if (!from.ok() || !to.ok()) return absl::ResourceExhaustedError("no memory to measure a copy");
-  device.Fill(from.data(), 1, bytes);
-  std::vector<double> times;
-  for (int i = 0; i < 7; ++i) {
-    device.Copy(to.data(), from.data(), bytes);  // touches the pages the first time
-    device.Synchronize();
-    const double start = Seconds();
-    device.Copy(to.data(), from.data(), bytes);
-    device.Synchronize();
-    times.push_back(Seconds() - start);
-  }
-  return 2.0 * static_cast<double>(bytes) / Median(times);
-}
-
 // The steps of one model, as the engine takes them.
 class Bench {
  public:
@@ -167,7 +145,7 @@ class Bench {
       device_.Download(plan.tokens.data(), tokens_.data(), plan.tokens.size() * sizeof(int32_t));
       for (int64_t& position : plan.start_positions) ++position;
     }
-    return Median(times);
+    return bench::Median(times);
   }
 
   // Median seconds of a prompt of `length` tokens from the empty state to its last logits.
@@ -180,7 +158,7 @@ class Bench {
       Step(plan);
       times.push_back(Seconds() - start);
     }
-    return Median(times);
+    return bench::Median(times);
   }
 
  private:
@@ -267,7 +245,8 @@ absl::Status Run(const Flags& flags) {
   const double start = Seconds();
   GLA_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, MakeModel(*device, flags));
   const double build_seconds = Seconds() - start;
-  GLA_ASSIGN_OR_RETURN(const double copy_rate, CopyRate(*device));
+  const double copy_rate = bench::CopyRate(*device);
+  if (copy_rate == 0) return absl::ResourceExhaustedError("no memory to measure a copy");
   GLA_ASSIGN_OR_RETURN(const auto bench, Bench::Create(*device, *model, model->options().max_seqs));
   const std::string name = flags.model.empty() ? flags.config : flags.model;
   nlohmann::json report = {{"model", name},
