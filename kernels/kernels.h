@@ -283,6 +283,30 @@ size_t LinearAttentionBackwardBytes(Device& device, const LinearAttentionBackwar
 void RecurrentLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
 void ChunkLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
 
+// ---- Around the recurrence, for the operators (attention.h) -------------------------------------
+
+// y[r, c] = x[r, c] in y's type, for columns that may be part of wider rows.
+struct CopyColumnsArgs {
+  const void* x = nullptr;  // [rows, cols] `x_dtype`; null: `value` everywhere
+  float value = 0;
+  void* y;  // [rows, cols] `y_dtype`; not `x`
+  int64_t rows, cols;
+  int64_t x_stride = 0, y_stride;
+  DType x_dtype = DType::kFloat32, y_dtype = DType::kFloat32;  // any
+};
+void CopyColumns(Device& device, const CopyColumnsArgs& args);
+
+// The gradient through o = n / d, d including the 1e-10 of LinearAttentionArgs: a row of `sums`
+// comes as [n, d - 1e-10] and leaves as [d_o / d, -(d_o . o) / d].
+struct QuotientGradientArgs {
+  const void* d_o;  // [rows, dim] `dtype`, contiguous
+  float* sums;      // [rows, dim + 1], contiguous
+  int64_t rows;
+  int dim;
+  DType dtype;
+};
+void QuotientGradient(Device& device, const QuotientGradientArgs& args);
+
 // ---- Gradients of rows --------------------------------------------------------------------------
 
 // The gradients of sum(y * dy) with respect to a kernel's inputs, weights excepted. Names are those

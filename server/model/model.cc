@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/attention.h"
 #include "model/model_impl.h"
 
 namespace gla {
@@ -16,10 +17,17 @@ namespace {
 // Floats of a part of a slot, so that every part begins on 256 bytes.
 int64_t Aligned(int64_t floats) { return (floats + 63) / 64 * 64; }
 
-// What the recurrence of the CUDA backend holds in a block's shared memory; the same limits for
-// both backends, so that a model that is accepted here is accepted there.
-constexpr int kMaxKeyDim = 2048;
-constexpr int kMaxGroupKeys = 16384;
+AttentionOp OpOf(ModelFamily family) {
+  switch (family) {
+    case ModelFamily::kGla:
+      return AttentionOp::kGla;
+    case ModelFamily::kLinearAttention:
+      return AttentionOp::kLinearAttention;
+    case ModelFamily::kRetNet:
+      return AttentionOp::kRetention;
+  }
+  return AttentionOp::kGla;
+}
 
 absl::Status CheckLimits(const ModelConfig& config, const ModelOptions& options) {
   if (options.dtype != DType::kFloat32 && options.dtype != DType::kBFloat16) {
@@ -31,18 +39,15 @@ absl::Status CheckLimits(const ModelConfig& config, const ModelOptions& options)
         absl::StrCat("max_rows, max_seqs and max_logit_rows: expected at least 1 each, got ",
                      options.max_rows, ", ", options.max_seqs, " and ", options.max_logit_rows));
   }
-  if (config.feature_dim > kMaxKeyDim) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("key dimension of a head, after the feature map: expected at most ",
-                     kMaxKeyDim, ", found ", config.feature_dim));
-  }
-  const int64_t group = config.num_heads / StateLayout(config).state_heads;
-  if (group * config.feature_dim > kMaxGroupKeys) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("query heads per state times their key dimension: expected at most ",
-                     kMaxGroupKeys, ", found ", group, " * ", config.feature_dim));
-  }
-  return absl::OkStatus();
+  // Once for all layers and steps: a step trusts its sizes.
+  return CheckAttentionShape({.op = OpOf(config.family),
+                              .num_heads = config.num_heads,
+                              .num_kv_heads = config.num_kv_heads,
+                              .key_dim = config.feature_dim,
+                              .value_dim = config.head_value_dim,
+                              .num_rows = options.max_rows,
+                              .num_seqs = options.max_seqs,
+                              .normalize = config.norm_feature_map});
 }
 
 }  // namespace

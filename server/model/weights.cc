@@ -1,6 +1,5 @@
 #include "model/weights.h"
 
-#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -170,8 +169,6 @@ absl::Status CheckWidths(const ModelConfig& config, const ModelWeights& weights)
     }
     expect_here("key dimension of the recurrence, after the feature map",
                 int64_t{config.head_key_dim} * map_factor, config.feature_dim);
-    expect_here("query heads over key/value heads, remainder", 0,
-                heads % std::max<int64_t>(kv_heads, 1));
     if (layer.head_norm.bytes() > 0) {
       expect_here("per-head norm weight for the recurrence's value dimension",
                   config.head_value_dim, floats(layer.head_norm));

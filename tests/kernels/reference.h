@@ -165,6 +165,142 @@ inline HeadResult LinearAttention(int len, int K, int V, double scale, bool norm
   return {std::move(o), std::move(state), std::move(key_sum)};
 }
 
+// The linear-attention operators over whole tensors, everything in double and token by token, in
+// the layouts of LinearAttentionBackwardArgs. A scalar or constant gate counts for each of its
+// keys.
+struct AttentionProblem {
+  int H, G, K, V;
+  GateKind kind = GateKind::kNone;
+  double scale = 1;
+  std::vector<int> lengths;
+  Doubles q, k, v, gate;
+  Doubles initial_state;  // empty: zero
+
+  int state_heads() const { return kind == GateKind::kConstant ? H : G; }
+  int reps() const { return H / state_heads(); }  // query heads per state
+  size_t state_size() const { return static_cast<size_t>(K) * V; }
+  // Where row t of a state's group, or of one of its query heads, starts.
+  size_t at_group(int t, int state, int dim) const {
+    return (static_cast<size_t>(t) * G + state / (state_heads() / G)) * dim;
+  }
+  size_t at_head(int t, int state, int rep, int dim) const {
+    return (static_cast<size_t>(t) * H + state * reps() + rep) * dim;
+  }
+  size_t gate_index(int t, int state, int i) const {
+    if (kind == GateKind::kConstant) return state;
+    return kind == GateKind::kScalar ? at_group(t, state, 1) : at_group(t, state, K) + i;
+  }
+  double decay(int t, int state, int i) const {
+    return kind == GateKind::kNone ? 1.0 : std::exp(gate[gate_index(t, state, i)]);
+  }
+  // S_t = diag(decay) S_{t-1} + k_t^T v_t
+  void Advance(int t, int state, double* s) const {
+    const double* row_v = v.data() + at_group(t, state, V);
+    for (int i = 0; i < K; ++i, s += V) {
+      const double d = decay(t, state, i), key = k[at_group(t, state, K) + i];
+      for (int j = 0; j < V; ++j) s[j] = d * s[j] + key * row_v[j];
+    }
+  }
+  // S of sequence `seq` before its first row.
+  Doubles Start(int seq, int state) const {
+    if (initial_state.empty()) return Doubles(state_size(), 0.0);
+    const auto first =
+        initial_state.begin() + (static_cast<size_t>(seq) * state_heads() + state) * state_size();
+    return {first, first + state_size()};
+  }
+};
+
+struct AttentionOutputs {
+  Doubles o, final_state;
+};
+inline AttentionOutputs AttentionForward(const AttentionProblem& p) {
+  AttentionOutputs out;
+  const int rows = std::accumulate(p.lengths.begin(), p.lengths.end(), 0);
+  out.o.assign(static_cast<size_t>(rows) * p.H * p.V, 0.0);
+  int first = 0;
+  for (int seq = 0; seq < static_cast<int>(p.lengths.size()); first += p.lengths[seq++]) {
+    for (int state = 0; state < p.state_heads(); ++state) {
+      Doubles s = p.Start(seq, state);
+      for (int t = first; t < first + p.lengths[seq]; ++t) {
+        p.Advance(t, state, s.data());
+        for (int rep = 0; rep < p.reps(); ++rep) {
+          double* o = out.o.data() + p.at_head(t, state, rep, p.V);
+          for (int i = 0; i < p.K; ++i) {
+            const double q = p.scale * p.q[p.at_head(t, state, rep, p.K) + i];
+            for (int j = 0; j < p.V; ++j) o[j] += q * s[static_cast<size_t>(i) * p.V + j];
+          }
+        }
+      }
+      out.final_state.insert(out.final_state.end(), s.begin(), s.end());
+    }
+  }
+  return out;
+}
+
+struct AttentionGradients {
+  Doubles dq, dk, dv, d_gate, d_initial_state;
+};
+// Of sum(o * d_o) + sum(final_state * d_final_state); an empty one is zero.
+inline AttentionGradients AttentionBackward(const AttentionProblem& p, const Doubles& d_o,
+                                            const Doubles& d_final_state) {
+  AttentionGradients out{
+      Doubles(p.q.size()), Doubles(p.k.size()), Doubles(p.v.size()), Doubles(p.gate.size()), {}};
+  const size_t size = p.state_size();
+  int first = 0;
+  for (int seq = 0; seq < static_cast<int>(p.lengths.size()); first += p.lengths[seq++]) {
+    const int len = p.lengths[seq];
+    for (int state = 0; state < p.state_heads(); ++state) {
+      Doubles states = p.Start(seq, state);  // S before row 0, after row 0, ...
+      states.resize((len + 1) * size);
+      for (int t = 0; t < len; ++t) {
+        double* next = states.data() + (t + 1) * size;
+        std::copy_n(next - size, size, next);
+        p.Advance(first + t, state, next);
+      }
+      Doubles ds(size, 0.0);  // with respect to S after the row in work
+      if (!d_final_state.empty()) {
+        const size_t at = (static_cast<size_t>(seq) * p.state_heads() + state) * size;
+        std::copy_n(d_final_state.begin() + at, size, ds.begin());
+      }
+      for (int t = len - 1; t >= 0; --t) {
+        const int row = first + t;
+        const double* before = states.data() + t * size;
+        const double* after = before + size;
+        for (int rep = 0; rep < p.reps() && !d_o.empty(); ++rep) {
+          const double* d_out = d_o.data() + p.at_head(row, state, rep, p.V);
+          for (int i = 0; i < p.K; ++i) {
+            const size_t at_q = p.at_head(row, state, rep, p.K) + i;
+            double sum = 0;
+            for (int j = 0; j < p.V; ++j) {
+              sum += after[i * p.V + j] * d_out[j];
+              ds[i * p.V + j] += p.scale * p.q[at_q] * d_out[j];
+            }
+            out.dq[at_q] = p.scale * sum;
+          }
+        }
+        const double* v = p.v.data() + p.at_group(row, state, p.V);
+        double* dv = out.dv.data() + p.at_group(row, state, p.V);
+        for (int i = 0; i < p.K; ++i) {
+          const size_t at_k = p.at_group(row, state, p.K) + i;
+          const double decay = p.decay(row, state, i);
+          double dk = 0, d_decay = 0;
+          for (int j = 0; j < p.V; ++j) {
+            double& d = ds[i * p.V + j];
+            dk += d * v[j];
+            dv[j] += d * p.k[at_k];
+            d_decay += d * before[i * p.V + j];
+            d *= decay;
+          }
+          out.dk[at_k] += dk;
+          if (p.kind != GateKind::kNone) out.d_gate[p.gate_index(row, state, i)] += decay * d_decay;
+        }
+      }
+      out.d_initial_state.insert(out.d_initial_state.end(), ds.begin(), ds.end());
+    }
+  }
+  return out;
+}
+
 // Philox4x32-10 of counter (c0, c1, c2, c3) and key (k0, k1).
 struct PhiloxWords {
   uint32_t w[4];

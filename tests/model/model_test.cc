@@ -315,10 +315,8 @@ TEST(Model, RefusesHeadsThatTheRecurrenceCannotHold) {
   const auto device = OpenTestDevice();
   ModelConfig config = TinyConfig();
   config.head_key_dim = config.feature_dim = 4096;
-  EXPECT_THAT(
-      Model::Random(*device, config, 1, {}).status().ToString(),
-      HasSubstr("INVALID_ARGUMENT: key dimension of a head, after the feature map: expected "
-                "at most 2048, found 4096"));
+  EXPECT_THAT(Model::Random(*device, config, 1, {}).status().ToString(),
+              HasSubstr("INVALID_ARGUMENT: gla: key dimension: expected 1 to 2048, found 4096"));
   config.head_key_dim = config.feature_dim = 512;
   config.num_heads = 64;
   config.num_kv_heads = 1;
@@ -352,9 +350,8 @@ TEST(Widths, PartsThatDoNotMeetAreNamed) {
                         "128, found 16"));
   config = TinyConfig();
   config.num_heads = 3;
-  EXPECT_THAT(
-      Model::Random(*device, config, 1, {}).status().ToString(),
-      HasSubstr("layer 0: query heads over key/value heads, remainder: expected 0, found 1"));
+  EXPECT_THAT(Model::Random(*device, config, 1, {}).status().ToString(),
+              HasSubstr("gla: heads of k: expected a divisor of the 3 heads of q, found 2"));
 }
 
 TEST(Widths, MergedHeadsMustFitTheOutputProjection) {
