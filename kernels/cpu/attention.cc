@@ -140,10 +140,8 @@ void RecurrentState(const LinearAttentionArgs& a, int seq, int state_head, int c
                    q + (rep * len + t) * K, K);
       }
       if (a.gate_kind != GateKind::kNone) {
-        LoadGates(a, row, heads, decay + t * K);
-        ForVectors(K, [=](auto d, size_t i) HWY_ATTR {
-          hn::StoreU(ExpOfNegative(d, hn::LoadU(d, decay + t * K + i)), d, decay + t * K + i);
-        });
+        LoadGates(GateView(a), row, heads, K, decay + t * K);
+        ExpInPlace(decay + t * K, K);
       }
     }
     const TokenBlock block{len, heads.reps, K, cols, q, k, decay, v, o};
@@ -174,14 +172,20 @@ void RecurrentStates(const LinearAttentionArgs& a, int splits, int64_t begin, in
     const int head = static_cast<int>(i / splits % a.state_heads);
     const int seq = static_cast<int>(i / splits / a.state_heads);
     const int col0 = a.value_dim * split / splits, col1 = a.value_dim * (split + 1) / splits;
-    WithActType(a.dtype, [&]<typename T>() { RecurrentState<T>(a, seq, head, col0, col1 - col0); });
+    WithStoredType(a.dtype,
+                   [&]<typename T>() { RecurrentState<T>(a, seq, head, col0, col1 - col0); });
   }
 }
 
-void ChunkStates(const LinearAttentionArgs& a, int64_t begin, int64_t end) {
+void ChunkStates(const LinearAttentionArgs& a, int splits, int64_t begin, int64_t end) {
+  const int strips = NumStrips(a.value_dim);
   for (int64_t i = begin; i < end; ++i) {
-    const int seq = static_cast<int>(i / a.state_heads), head = static_cast<int>(i % a.state_heads);
-    WithActType(a.dtype, [&]<typename T>() { ChunkState<T>(a, seq, head); });
+    const int split = static_cast<int>(i % splits);
+    const int head = static_cast<int>(i / splits % a.state_heads);
+    const int seq = static_cast<int>(i / splits / a.state_heads);
+    WithStoredType(a.dtype, [&]<typename T>() {
+      ChunkState<T>(a, seq, head, strips * split / splits, strips * (split + 1) / splits);
+    });
   }
 }
 
@@ -213,31 +217,34 @@ double StateNs(const LinearAttentionArgs& a) {
   return rows * (a.key_dim * kExpNs + a.key_dim * a.value_dim * (1 + reads) * kMulAddNs);
 }
 
+// Columns are independent; with fewer states than threads they are shared too. (Not the key sum:
+// every share would read what another one writes.)
+int NumSplits(Device& device, const LinearAttentionArgs& a) {
+  const int64_t states = int64_t{a.seqs.num_seqs} * a.state_heads;
+  const int64_t wanted = 2 * device.impl().pool.num_threads();
+  if (a.key_sum_state != nullptr || states == 0 || states >= wanted) return 1;
+  return static_cast<int>(std::clamp<int64_t>(wanted / states, 1, std::max(1, a.value_dim / 64)));
+}
+
 }  // namespace
 
 void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& a) {
   CheckArgs(a);
-  const int64_t states = int64_t{a.seqs.num_seqs} * a.state_heads;
-  // Columns are independent; with fewer states than threads they are shared too. (Not the key sum:
-  // every share would read what another one writes.)
-  const int64_t wanted = 2 * device.impl().pool.num_threads();
-  int splits = 1;
-  if (a.key_sum_state == nullptr && states > 0 && states < wanted) {
-    splits =
-        static_cast<int>(std::clamp<int64_t>(wanted / states, 1, std::max(1, a.value_dim / 64)));
-  }
-  ParallelFor(device, states * splits, StateNs(a) / splits, [&](int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(RecurrentStates)(a, splits, begin, end);
-  });
+  const int splits = NumSplits(device, a);
+  ParallelFor(device, int64_t{a.seqs.num_seqs} * a.state_heads * splits, StateNs(a) / splits,
+              [&](int64_t begin, int64_t end) {
+                HWY_DYNAMIC_DISPATCH(RecurrentStates)(a, splits, begin, end);
+              });
 }
 
 void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
   CheckArgs(a);
   GLA_CHECK(a.key_sum_state == nullptr);
-  const int64_t states = int64_t{a.seqs.num_seqs} * a.state_heads;
-  ParallelFor(device, states, StateNs(a), [&](int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(ChunkStates)(a, begin, end);
-  });
+  const int splits = NumSplits(device, a);
+  ParallelFor(device, int64_t{a.seqs.num_seqs} * a.state_heads * splits, StateNs(a) / splits,
+              [&](int64_t begin, int64_t end) {
+                HWY_DYNAMIC_DISPATCH(ChunkStates)(a, splits, begin, end);
+              });
 }
 
 }  // namespace gla

@@ -1,13 +1,11 @@
-// The recurrence in tiles of 64 tokens, sub-blocks of 16, in the form that never exponentiates a
-// positive number (kernels/README.md, "Chunkwise form").
+// The recurrence in tiles of 16 tokens, by small matrix products.
 //
-// Within a tile: L_t is the sum of gates from the start of t's sub-block to t; E_b = exp(L of the
-// last row of sub-block b). Then with qh_t = q_t exp(L_t) and kh_s = k_s exp(L_end - L_s), both
-// damped:
-//   A_ts = qh_t . (prod of E between the sub-blocks) kh_s    s in an earlier sub-block
-//   A_ts = sum_k q_t k_s exp(L_t - L_s)                      s in the same one, exact pairs
-//   o_t  = sum_s A_ts v_s + (qh_t prod of E before t's) S
-//   S    = (prod of all E) S + sum_s (kh_s prod of E after s's)^T v_s
+// Within a tile, with the products of decays D of attention_tile-inl.h:
+//   A_ts = sum_k q_t k_s D(s, t)                     s <= t
+//   o_t  = sum_s A_ts v_s + (q_t D(0, t)) S
+//   S    = D(0, end) S + sum_s (k_s D(s, end))^T v_s
+// Tiles are small because here, unlike on a GPU, the state rests in the first-level cache between
+// them.
 
 // The usual guard, once per instruction set.
 #if defined(GLA_KERNELS_CPU_ATTENTION_CHUNK_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -20,174 +18,109 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/cpu/attention_common.h"
-#include "kernels/cpu/simd-inl.h"
-#include "kernels/kernels.h"
+#include "kernels/cpu/attention_tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace gla {
 namespace HWY_NAMESPACE {
 
-constexpr int kTile = 64, kSub = 16, kSubs = kTile / kSub;
+// Tiles whose keys are made ready together; then each strip of columns goes through all of them.
+constexpr int kTilesPerBlock = 4;
 
-template <typename T>
-HWY_INLINE void LoadScaled(const T* from, float scale, float* to, size_t n) {
-  ForVectors(n, [=](auto d, size_t i) HWY_ATTR {
-    hn::StoreU(hn::Mul(LoadFloats(d, from + i), hn::Set(d, scale)), d, to + i);
-  });
-}
-
-// y *= x
-HWY_INLINE void Multiply(const float* x, float* y, size_t n) {
-  ForVectors(n, [=](auto d, size_t i) HWY_ATTR {
-    hn::StoreU(hn::Mul(hn::LoadU(d, x + i), hn::LoadU(d, y + i)), d, y + i);
-  });
-}
-
-// y = x exp(a - b), a <= b; b null: 0
-HWY_INLINE void Damp(const float* x, const float* a, const float* b, float* y, size_t n) {
-  ForVectors(n, [=](auto d, size_t i) HWY_ATTR {
-    auto exponent = hn::LoadU(d, a + i);
-    if (b != nullptr) exponent = hn::Sub(exponent, hn::LoadU(d, b + i));
-    hn::StoreU(hn::Mul(hn::LoadU(d, x + i), ExpOfNegative(d, exponent)), d, y + i);
-  });
-}
-
-// sum_k q k exp(a - b), a <= b
-HWY_INLINE float DampedDot(const float* q, const float* k, const float* a, const float* b,
-                           size_t n) {
-  return SumVectors(n, [=](auto d, size_t i) HWY_ATTR {
-    const auto decay = ExpOfNegative(d, hn::Sub(hn::LoadU(d, a + i), hn::LoadU(d, b + i)));
-    return hn::Mul(hn::Mul(hn::LoadU(d, q + i), hn::LoadU(d, k + i)), decay);
-  });
-}
-
-// The arrays of one tile; K-vectors one after another.
+// The arrays of one state, or of some of its columns.
 struct ChunkScratch {
-  ChunkScratch(int K, int V, std::vector<float>& memory) {
-    const size_t k_tile = static_cast<size_t>(kTile) * K;
-    memory.resize(5 * k_tile + (kSubs + 1) * K + static_cast<size_t>(kTile + 1 + K) * V);
+  ChunkScratch(int padded_k, int strips, int reps, std::vector<float>& memory)
+      : padded_k(padded_k), reps(reps) {
+    const size_t k = padded_k, tiles = kTilesPerBlock;
+    memory.resize(strips * k * kStrip + tiles * ((reps + 1) * kMaxTile * k + k + reps * kPairs) +
+                  2 * kMaxTile * kStrip + TileScratch::Size(padded_k));
     float* next = memory.data();
     const auto take = [&next](size_t n) { return (next += n) - n; };
-    q = take(k_tile), k = take(k_tile), q_damped = take(k_tile), k_damped = take(k_tile);
-    local = take(k_tile), sub_decay = take(static_cast<size_t>(kSubs) * K), factor = take(K);
-    v = take(static_cast<size_t>(kTile) * V), o = take(V);
-    dropped_state = take(static_cast<size_t>(K) * V);
+    state = take(strips * k * kStrip);
+    keys = {take(tiles * reps * kMaxTile * k), take(tiles * kMaxTile * k), take(tiles * k),
+            take(tiles * reps * kPairs)};
+    v = take(kMaxTile * kStrip), o = take(kMaxTile * kStrip);
+    scratch = next;
+  }
+  TileKeys tile(int i) const {
+    return {keys.q + i * reps * kMaxTile * padded_k, keys.k + i * kMaxTile * padded_k,
+            keys.decay + i * padded_k, keys.scores + i * reps * kPairs};
   }
 
-  float *q, *k;                // [64, K]
-  float *q_damped, *k_damped;  // [64, K]: qh, kh
-  float* local;                // [64, K]: L
-  float* sub_decay;            // [4, K]: E
-  float* factor;               // [K]
-  float *v, *o;                // [64, V], [V]
-  float* dropped_state;        // [K, V]
-  float scores[kTile];         // one row of A
+  int padded_k, reps;
+  float* state;   // [strips, padded_k, 32]
+  TileKeys keys;  // of the first tile in the block
+  float *v, *o;   // [16, 32]
+  float* scratch;
 };
 
-// L of `len` rows from `row0` on, and E of their sub-blocks.
-inline void SumGates(const LinearAttentionArgs& a, int64_t row0, int len, const HeadMap& heads,
-                     ChunkScratch& w) {
-  const int K = a.key_dim;
-  for (int t = 0; t < len; ++t) {
-    float* sum = w.local + t * K;
-    LoadGates(a, row0 + t, heads, sum);
-    for (int i = 0; i < K; ++i) {
-      // exp(-104) is 0 in float32: a stronger gate does the same, and would only take precision
-      // away from the sums of the tokens after it.
-      sum[i] = std::max(sum[i], -104.0f) + (t % kSub == 0 ? 0.0f : sum[i - K]);
-    }
-  }
-  std::fill_n(w.sub_decay, kSubs * K, 1.0f);
-  for (int b = 0; b * kSub < len; ++b) {
-    const int last = std::min(len, (b + 1) * kSub) - 1;
-    Damp(w.sub_decay + b * K, w.local + last * K, nullptr, w.sub_decay + b * K, K);
-  }
-}
+// One block of tokens, from `row` on.
+struct ChunkBlock {
+  int64_t row;
+  int len;
+  int tiles() const { return (len + kMaxTile - 1) / kMaxTile; }
+  int64_t tile_row(int tile) const { return row + tile * kMaxTile; }
+  int tile_len(int tile) const { return std::min(kMaxTile, len - tile * kMaxTile); }
+};
 
-// o of the tile's row `t` into w.o, without changing the state.
-inline void ChunkOutput(const LinearAttentionArgs& a, int t, bool gated, const StateView& state,
-                        ChunkScratch& w) {
-  const int K = a.key_dim, V = a.value_dim, sub = t / kSub;
-  const float* q = w.q + t * K;
-  for (int s = sub * kSub; s <= t; ++s) {
-    w.scores[s] = gated ? DampedDot(q, w.k + s * K, w.local + t * K, w.local + s * K, K)
-                        : Dot(q, w.k + s * K, K);
-  }
-  float* read = w.factor;  // q as it meets the sub-block in work, damped further on the way back
-  std::copy_n(gated ? w.q_damped + t * K : q, K, read);
-  const float* keys = gated ? w.k_damped : w.k;
-  for (int b = sub - 1; b >= 0; --b) {
-    for (int s = b * kSub; s < (b + 1) * kSub; ++s) w.scores[s] = Dot(read, keys + s * K, K);
-    if (gated) Multiply(w.sub_decay + b * K, read, K);
-  }
-  std::fill_n(w.o, V, 0.0f);
-  for (int i = 0; i < K; ++i) AddScaled(read[i], state.data + i * state.stride, w.o, V);
-  for (int s = 0; s <= t; ++s) AddScaled(w.scores[s], w.v + s * V, w.o, V);
-}
-
-// The state after the tile's `len` rows.
-inline void ChunkAdvance(const LinearAttentionArgs& a, int len, bool gated, const StateView& state,
-                         ChunkScratch& w) {
-  const int K = a.key_dim, V = a.value_dim;
-  const float* keys = w.k;
-  if (gated) {
-    keys = w.k_damped;
-    float* after = w.factor;
-    std::fill_n(after, K, 1.0f);
-    for (int b = (len - 1) / kSub; b >= 0; --b) {
-      for (int s = b * kSub; s < std::min(len, (b + 1) * kSub); ++s) {
-        Multiply(after, w.k_damped + s * K, K);
-      }
-      Multiply(w.sub_decay + b * K, after, K);
-    }
-    for (int i = 0; i < K; ++i) {
-      float* row = state.data + i * state.stride;
-      const float decay = after[i];
-      ForVectors(V, [=](auto d, size_t c) HWY_ATTR {
-        hn::StoreU(hn::Mul(hn::LoadU(d, row + c), hn::Set(d, decay)), d, row + c);
-      });
-    }
-  }
-  for (int i = 0; i < K; ++i) {
-    for (int s = 0; s < len; ++s) {
-      AddScaled(keys[s * K + i], w.v + s * V, state.data + i * state.stride, V);
-    }
-  }
-}
-
+// The columns [col, col + 32) of the block's output, and of the state after it.
 template <typename T>
-void ChunkState(const LinearAttentionArgs& a, int seq, int state_head) {
-  const HeadMap heads(a, state_head);
-  const int K = a.key_dim, V = a.value_dim;
-  const bool gated = a.gate_kind != GateKind::kNone;
-  thread_local std::vector<float> memory;
-  ChunkScratch w(K, V, memory);
-  const StateView state(a, seq, state_head, 0, V, w.dropped_state);
-  state.Begin();
-  const int64_t end = a.seqs.cu_seqlens[seq + 1];
-  for (int64_t t0 = a.seqs.cu_seqlens[seq]; t0 < end; t0 += kTile) {
-    const int len = static_cast<int>(std::min<int64_t>(kTile, end - t0));
-    if (gated) SumGates(a, t0, len, heads, w);
-    for (int t = 0; t < len; ++t) {
-      const int64_t row = t0 + t;
-      Convert(static_cast<const T*>(a.k) + row * a.k_stride + heads.group * K, w.k + t * K, K);
-      Convert(static_cast<const T*>(a.v) + row * a.v_stride + heads.group * V, w.v + t * V, V);
-      const int last = std::min(len, (t / kSub + 1) * kSub) - 1;
-      if (gated) Damp(w.k + t * K, w.local + last * K, w.local + t * K, w.k_damped + t * K, K);
-    }
+void AdvanceStripByTiles(const LinearAttentionArgs& a, const HeadMap& heads,
+                         const ChunkBlock& block, int col, const ChunkScratch& w, float* strip) {
+  const int cols = std::min(kStrip, a.value_dim - col);
+  for (int i = 0; i < block.tiles(); ++i) {
+    const int64_t row = block.tile_row(i);
+    const int len = block.tile_len(i);
+    const TileKeys keys = w.tile(i);
+    LoadTile<kMaxTile>(
+        static_cast<const T*>(a.v) + row * a.v_stride + heads.group * a.value_dim + col, a.v_stride,
+        len, cols, kStrip, 1.0f, w.v);
     for (int rep = 0; rep < heads.reps; ++rep) {
-      const int head = heads.first + rep;
-      for (int t = 0; t < len; ++t) {
-        const int64_t row = t0 + t;
-        LoadScaled(static_cast<const T*>(a.q) + row * a.q_stride + head * K, a.scale, w.q + t * K,
-                   K);
-        if (gated) Damp(w.q + t * K, w.local + t * K, nullptr, w.q_damped + t * K, K);
-        ChunkOutput(a, t, gated, state, w);
-        Convert(w.o, static_cast<T*>(a.o) + row * a.o_stride + head * V, V);
-      }
+      ReadStrip<kMaxTile>(len, w.padded_k, keys.q + rep * kMaxTile * w.padded_k, strip, 1,
+                          keys.scores + rep * kPairs, kMaxTile, 1, w.v, w.o);
+      T* o = static_cast<T*>(a.o) + row * a.o_stride + (heads.first + rep) * a.value_dim + col;
+      for (int t = 0; t < len; ++t) Convert(w.o + t * kStrip, o + t * a.o_stride, cols);
     }
-    ChunkAdvance(a, len, gated, state, w);
+    UpdateStrip(len, w.padded_k, a.gate_kind == GateKind::kNone ? nullptr : keys.decay, keys.k, w.v,
+                strip);
+  }
+}
+
+// Strips [first_strip, last_strip) of one state of one sequence.
+template <typename T>
+void ChunkState(const LinearAttentionArgs& a, int seq, int state_head, int first_strip,
+                int last_strip) {
+  const HeadMap heads(a, state_head);
+  const int K = a.key_dim, V = a.value_dim, padded_k = PaddedKeys(K);
+  const int64_t offset = static_cast<int64_t>(state_head) * K * V;
+  const int32_t read = a.seqs.read_slots[seq], write = a.seqs.write_slots[seq];
+  thread_local std::vector<float> memory;
+  ChunkScratch w(padded_k, last_strip - first_strip, heads.reps, memory);
+  const auto strip_at = [&](int strip) {
+    return w.state + static_cast<int64_t>(strip - first_strip) * padded_k * kStrip;
+  };
+  for (int strip = first_strip; strip < last_strip; ++strip) {
+    LoadStateStrip(read < 0 ? nullptr : a.state + read * a.state_stride + offset, K, V,
+                   strip * kStrip, strip_at(strip));
+  }
+  const TileInputs inputs{a.q, a.k, a.q_stride, a.k_stride, K, a.scale, GateView(a)};
+  const TileScratch scratch(w.scratch, padded_k);
+  const int64_t end = a.seqs.cu_seqlens[seq + 1];
+  constexpr int kBlock = kTilesPerBlock * kMaxTile;
+  for (int64_t row = a.seqs.cu_seqlens[seq]; row < end; row += kBlock) {
+    const ChunkBlock block{row, static_cast<int>(std::min<int64_t>(kBlock, end - row))};
+    for (int i = 0; i < block.tiles(); ++i) {
+      PrepareTile<kMaxTile, T>(inputs, heads, block.tile_row(i), block.tile_len(i), scratch,
+                               w.tile(i));
+    }
+    for (int strip = first_strip; strip < last_strip; ++strip) {
+      AdvanceStripByTiles<T>(a, heads, block, strip * kStrip, w, strip_at(strip));
+    }
+  }
+  if (write < 0) return;
+  for (int strip = first_strip; strip < last_strip; ++strip) {
+    StoreStateStrip(strip_at(strip), K, V, strip * kStrip,
+                    a.state + write * a.state_stride + offset);
   }
 }
 

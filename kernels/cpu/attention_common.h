@@ -11,7 +11,8 @@ namespace gla {
 
 // The key/value head of a state and the query heads [first, first + reps) that read it.
 struct HeadMap {
-  HeadMap(const LinearAttentionArgs& a, int state_head)
+  template <typename Args>
+  HeadMap(const Args& a, int state_head)
       : state_head(state_head),
         group(state_head / (a.state_heads / a.num_kv_heads)),
         reps(a.num_heads / a.state_heads),
@@ -20,26 +21,22 @@ struct HeadMap {
   int state_head, group, reps, first;
 };
 
-// The K log decays of one row; constant and scalar gates are the same for each.
-// REQUIRES: the gate kind is not kNone.
-inline void LoadGates(const LinearAttentionArgs& a, int64_t row, const HeadMap& heads,
-                      float* gates) {
-  switch (a.gate_kind) {
-    case GateKind::kNone:
-      return;
-    case GateKind::kConstant:
-      std::fill_n(gates, a.key_dim, static_cast<const float*>(a.gate)[heads.state_head]);
-      return;
-    case GateKind::kScalar:
-      std::fill_n(gates, a.key_dim, static_cast<const float*>(a.gate)[row * a.gate_stride + heads.group]);
-      return;
-    case GateKind::kPerKey:
-      std::memcpy(gates,
-                  static_cast<const float*>(a.gate) + row * a.gate_stride + static_cast<int64_t>(heads.group) * a.key_dim,
-                  sizeof(float) * a.key_dim);
-      return;
-  }
-}
+// Where the log decays are.
+struct GateView {
+  explicit GateView(const LinearAttentionArgs& a)
+      : kind(a.gate_kind), data(a.gate), dtype(a.gate_dtype), stride(a.gate_stride) {}
+  explicit GateView(const LinearAttentionBackwardArgs& a)
+      : kind(a.gate_kind),
+        data(a.gate),
+        dtype(a.gate_dtype),
+        stride(a.gate_kind == GateKind::kPerKey ? int64_t{a.num_kv_heads} * a.key_dim
+                                                : a.num_kv_heads) {}
+
+  GateKind kind;
+  const void* data;
+  DType dtype;
+  int64_t stride;  // kScalar, kPerKey: elements between rows
+};
 
 // Columns [col0, col0 + cols) of one state, [K, cols], where the work on it takes place: in the
 // write slot, or in `scratch` when the final state is dropped (the read slot must stay as it is).

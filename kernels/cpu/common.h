@@ -1,4 +1,4 @@
-// What the files of the CPU backend share: checks, bfloat16, the device's inside.
+// What the files of the CPU backend share: checks, 16-bit numbers, the device's inside.
 #pragma once
 
 #include <bit>
@@ -60,6 +60,20 @@ inline BFloat16 FromFloat<BFloat16>(float x) {
   const uint32_t rounded = std::isnan(x) ? bits | 0x400000u : bits + 0x7FFFu + ((bits >> 16) & 1);
   return {static_cast<uint16_t>(rounded >> 16)};
 }
+template <>
+inline Float16 FromFloat<Float16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+  uint32_t half;
+  if (size >= 0x47800000) {  // 65536 and above, infinity, NaN
+    half = size > 0x7F800000 ? 0x7E00 : 0x7C00;
+  } else if (size < 0x38800000) {  // below 2^-14; 1/2 has the last place of float16's subnormals
+    half = std::bit_cast<uint32_t>(std::bit_cast<float>(size) + 0.5f) - 0x3F000000;
+  } else {
+    half = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
 
 // Calls f.template operator()<T>() with the C++ type of an activation dtype.
 template <typename F>
@@ -72,7 +86,7 @@ void WithActType(DType dtype, const F& f) {
   }
 }
 
-// As WithActType, for a tensor as checkpoints store it.
+// As WithActType, float16 too: what checkpoints store and the linear-attention operators take.
 template <typename F>
 void WithStoredType(DType dtype, const F& f) {
   if (dtype == DType::kFloat16) {

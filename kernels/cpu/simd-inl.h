@@ -40,6 +40,26 @@ HWY_INLINE hn::Vec<D> LoadFloats(D d, const BFloat16* p) {
 }
 
 template <class D>
+HWY_INLINE hn::Vec<D> LoadFloats(D d, const Float16* p) {
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::Rebind<uint32_t, D> d32;
+  const auto bits = hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(d32, 0x8000)));
+  const auto size = hn::ShiftLeft<13>(hn::And(bits, hn::Set(d32, 0x7FFF)));
+  const auto exponent = hn::And(size, hn::Set(d32, 0x0F800000));
+  const auto bias = hn::Set(d32, 112 << 23);
+  const auto normal = hn::Add(size, bias);
+  // Zero and subnormals: one step of exponent higher, and its hidden one taken away again.
+  const auto lowest = hn::Set(d32, 113 << 23);
+  const auto small =
+      hn::BitCast(d32, hn::Sub(hn::BitCast(d, hn::Add(size, lowest)), hn::BitCast(d, lowest)));
+  const auto finite = hn::IfThenElse(hn::Eq(exponent, hn::Zero(d32)), small, normal);
+  const auto special = hn::Add(normal, bias);  // infinity, NaN
+  const auto wide = hn::IfThenElse(hn::Eq(exponent, hn::Set(d32, 0x0F800000)), special, finite);
+  return hn::BitCast(d, hn::Or(sign, wide));
+}
+
+template <class D>
 HWY_INLINE void StoreFloats([[maybe_unused]] D d, hn::Vec<D> v, float* p) {
   hn::StoreU(v, d, p);
 }
@@ -55,6 +75,26 @@ HWY_INLINE void StoreFloats([[maybe_unused]] D d, hn::Vec<D> v, BFloat16* p) {
   const auto is_nan = hn::RebindMask(d32, hn::Ne(v, v));
   const auto high = hn::ShiftRight<16>(hn::IfThenElse(is_nan, quiet_nan, nearest));
   hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di32, high)), d16, reinterpret_cast<uint16_t*>(p));
+}
+
+template <class D>
+HWY_INLINE void StoreFloats([[maybe_unused]] D d, hn::Vec<D> v, Float16* p) {  // FromFloat<Float16>
+  const hn::Rebind<uint16_t, D> d16;
+  const hn::RebindToSigned<D> d32;
+  const auto bits = hn::BitCast(d32, v);
+  const auto size = hn::And(bits, hn::Set(d32, 0x7FFFFFFF));
+  const auto sign = hn::And(hn::ShiftRight<16>(bits), hn::Set(d32, 0x8000));
+  const auto special = hn::IfThenElse(hn::Gt(size, hn::Set(d32, 0x7F800000)), hn::Set(d32, 0x7E00),
+                                      hn::Set(d32, 0x7C00));
+  const auto half = hn::Set(d, 0.5f);
+  const auto small =
+      hn::Sub(hn::BitCast(d32, hn::Add(hn::BitCast(d, size), half)), hn::BitCast(d32, half));
+  const auto lsb = hn::And(hn::ShiftRight<13>(size), hn::Set(d32, 1));
+  const auto normal =
+      hn::ShiftRight<13>(hn::Add(size, hn::Add(lsb, hn::Set(d32, 0xFFF - 0x38000000))));
+  const auto finite = hn::IfThenElse(hn::Lt(size, hn::Set(d32, 0x38800000)), small, normal);
+  const auto result = hn::IfThenElse(hn::Lt(size, hn::Set(d32, 0x47800000)), finite, special);
+  hn::StoreU(hn::DemoteTo(d16, hn::Or(sign, result)), d16, reinterpret_cast<uint16_t*>(p));
 }
 
 // f(d, i): whole vectors from i = 0 on, then single elements, until n. Which of the two an element

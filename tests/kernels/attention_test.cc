@@ -25,6 +25,7 @@ struct Case {
   Gates gates = Gates::kNormal;
   bool normalize = false;
   DType dtype = DType::kFloat32;
+  DType gate_dtype = DType::kFloat32;
 
   int state_heads() const { return kind == GateKind::kConstant ? H : G; }
   int row_width() const { return H * K + G * K + G * V; }  // q, k, v side by side
@@ -39,7 +40,7 @@ struct Case {
     std::ostringstream out;
     out << "H" << H << " G" << G << " K" << K << " V" << V << " gate kind "
         << static_cast<int>(kind) << " gates " << static_cast<int>(gates)
-        << (normalize ? " normalized " : " ") << NameOf(dtype);
+        << (normalize ? " normalized " : " ") << NameOf(dtype) << ", gate " << NameOf(gate_dtype);
     return out.str();
   }
 };
@@ -50,7 +51,7 @@ std::vector<float> MakeGates(const Case& c, int rows) {
   if (c.kind == GateKind::kConstant) {
     std::vector<float> gates(c.H);
     for (int h = 0; h < c.H; ++h) gates[h] = std::log(1 - std::exp2(-5.0f - h));
-    return gates;
+    return Rounded(gates, c.gate_dtype);
   }
   std::vector<float> gates = Normal(size_t(rows) * c.gate_width(), 1, 5);
   std::mt19937 random(6);
@@ -74,7 +75,7 @@ std::vector<float> MakeGates(const Case& c, int rows) {
         break;
     }
   }
-  return gates;
+  return Rounded(gates, c.gate_dtype);
 }
 
 struct Inputs {
@@ -102,7 +103,7 @@ struct Result {
 Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& seqs) {
   std::vector<float> host_gates = in.gates;
   if (c.kind != GateKind::kNone) host_gates.push_back(0);  // an array also when there are no rows
-  DeviceBuffer qkv = UploadAs(in.qkv, c.dtype), gates = Upload(host_gates),
+  DeviceBuffer qkv = UploadAs(in.qkv, c.dtype), gates = UploadAs(host_gates, c.gate_dtype),
                state = Upload(in.state);
   const size_t o_size = size_t(seqs.num_rows()) * c.o_stride();
   DeviceBuffer o = Poisoned(std::max<size_t>(o_size, 1), c.dtype);
@@ -112,7 +113,8 @@ Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& se
       .k = qkv.as<char>() + c.H * c.K * width,
       .v = qkv.as<char>() + (c.H + c.G) * c.K * width,
       .gate_kind = c.kind,
-      .gate = gates.as<float>(),
+      .gate = gates.data(),
+      .gate_dtype = c.gate_dtype,
       .o = o.data(),
       .state = state.as<float>(),
       .key_sum_state = c.normalize ? state.as<float>() + c.state_size() : nullptr,
@@ -192,7 +194,7 @@ std::vector<float> Slice(const std::vector<float>& from, size_t first, size_t co
 void Judge(const Case& c, const Inputs& in, const Ragged& seqs, const Expected& want,
            const Result& got) {
   const double o_tolerance = c.dtype == DType::kFloat32 ? 1e-4 : 0.004;
-  const double state_tolerance = c.dtype == DType::kFloat32 ? 1e-4 : 0.005;
+  const double state_tolerance = StateTolerance(c.dtype);
   std::vector<float> untouched = got.state;
   for (int n = 0; n < seqs.num_seqs(); ++n) {
     const auto rows = Slice(got.o, size_t(seqs.cu_seqlens[n]) * c.o_stride(),
@@ -236,8 +238,10 @@ constexpr GateKind kKinds[] = {GateKind::kNone, GateKind::kConstant, GateKind::k
 
 TEST(LinearAttention, EqualsArithmeticForEveryKindOfGate) {
   for (GateKind kind : kKinds) {
-    for (DType dtype : kActTypes) {
+    for (DType dtype : kAttentionTypes) {
       Check({.H = 5, .G = 5, .K = 32, .V = 64, .kind = kind, .dtype = dtype}, kLengths);
+      Check({.H = 2, .G = 2, .K = 32, .V = 64, .kind = kind, .dtype = dtype, .gate_dtype = dtype},
+            kLengths);
     }
   }
 }
@@ -251,7 +255,7 @@ TEST(LinearAttention, EqualsArithmeticOverALongText) {
 
 TEST(LinearAttention, EqualsArithmeticForOddAndLargeHeads) {
   for (GateKind kind : kKinds) {
-    for (DType dtype : kActTypes) {
+    for (DType dtype : kAttentionTypes) {
       Check({.H = 3, .G = 3, .K = 60, .V = 100, .kind = kind, .dtype = dtype}, kLengths);
       Check({.H = 2, .G = 2, .K = 64, .V = 64, .kind = kind, .dtype = dtype}, kFew);
       Check({.H = 2, .G = 2, .K = 128, .V = 256, .kind = kind, .dtype = dtype}, {1, 65, 30});
@@ -271,7 +275,7 @@ TEST(LinearAttention, EqualsArithmeticWithEveryUseOfSlots) {
 
 TEST(LinearAttention, EqualsArithmeticWithGroupedHeads) {
   for (GateKind kind : kKinds) {
-    for (DType dtype : kActTypes) {
+    for (DType dtype : kAttentionTypes) {
       Check({.H = 6, .G = 2, .K = 32, .V = 64, .kind = kind, .dtype = dtype}, kFew);
       Check({.H = 4, .G = 1, .K = 60, .V = 100, .kind = kind, .dtype = dtype}, kFew);
     }
@@ -281,7 +285,7 @@ TEST(LinearAttention, EqualsArithmeticWithGroupedHeads) {
 TEST(LinearAttention, HardGatesAreSafeInEveryForm) {
   for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing}) {
     for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
-      for (DType dtype : kActTypes) {
+      for (DType dtype : kAttentionTypes) {
         Check({.H = 5, .G = 5, .K = 32, .V = 64, .kind = kind, .gates = gates, .dtype = dtype},
               kLengths);
       }
@@ -290,7 +294,7 @@ TEST(LinearAttention, HardGatesAreSafeInEveryForm) {
 }
 
 TEST(LinearAttention, NormalizesByTheRunningKeySum) {
-  for (DType dtype : kActTypes) {
+  for (DType dtype : kAttentionTypes) {
     const Case c = {.H = 5,
                     .G = 5,
                     .K = 32,
@@ -342,7 +346,7 @@ Inputs Rows(const Case& c, const Inputs& in, int first, int count) {
 TEST(RecurrentLinearAttention, CutAnywhereAndCarriedOnEqualsWholeBitForBit) {
   std::vector<Case> cases;
   for (GateKind kind : kKinds) {
-    for (DType dtype : kActTypes) {
+    for (DType dtype : kAttentionTypes) {
       cases.push_back({.H = 5, .G = 5, .K = 32, .V = 64, .kind = kind, .dtype = dtype});
       cases.push_back({.H = 4, .G = 2, .K = 60, .V = 100, .kind = kind, .dtype = dtype});
       cases.push_back({.H = 1, .G = 1, .K = 128, .V = 256, .kind = kind, .dtype = dtype});
@@ -403,7 +407,7 @@ TEST(LinearAttention, ASequencesBitsDependOnNothingButTheSequence) {
   const std::vector<int> lengths = {3, 65, 1, 0, 130, 16, 1, 40, 64, 2, 1, 7};
   for (Form form : {Form::kRecurrent, Form::kChunk}) {
     for (GateKind kind : kKinds) {
-      for (DType dtype : kActTypes) {
+      for (DType dtype : kAttentionTypes) {
         const Case c = {.H = 4, .G = 2, .K = 32, .V = 64, .kind = kind, .dtype = dtype};
         SCOPED_TRACE(c.name() + (form == Form::kChunk ? " chunk" : " recurrent"));
         const Ragged seqs(lengths, 0, 7);
