@@ -34,8 +34,8 @@ void CopyBlocksOf(const CopyColumnsArgs& a, int64_t block, int64_t begin, int64_
 
 // One item is a block of columns of one row.
 void CopyBlocks(const CopyColumnsArgs& a, int64_t block, int64_t begin, int64_t end) {
-  WithActType(a.x_dtype, [&]<typename X>() {
-    WithActType(a.y_dtype, [&]<typename Y>() { CopyBlocksOf<X, Y>(a, block, begin, end); });
+  WithStoredType(a.x_dtype, [&]<typename X>() {
+    WithStoredType(a.y_dtype, [&]<typename Y>() { CopyBlocksOf<X, Y>(a, block, begin, end); });
   });
 }
 
@@ -54,7 +54,7 @@ void QuotientGradientOf(const QuotientGradientArgs& a, int64_t begin, int64_t en
 }
 
 void QuotientGradientRows(const QuotientGradientArgs& a, int64_t begin, int64_t end) {
-  WithActType(a.dtype, [&]<typename T>() { QuotientGradientOf<T>(a, begin, end); });
+  WithStoredType(a.dtype, [&]<typename T>() { QuotientGradientOf<T>(a, begin, end); });
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)

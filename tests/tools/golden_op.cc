@@ -2,9 +2,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
-#include <functional>
+#include <limits>
+#include <map>
+#include <optional>
 
 #include "base/status_macros.h"
+#include "kernels/attention.h"
 #include "model/checkpoint.h"
 #include "model/weight_source.h"
 #include "tests/tools/golden.h"
@@ -15,153 +18,171 @@ namespace {
 
 constexpr double kFloat32Ratio = 1e-4;
 constexpr double kBFloat16OutputRatio = 0.004;
-constexpr double kBFloat16StateRatio = 0.005;
+constexpr double kBFloat16Ratio = 0.005;  // states and gradients
 
-struct Op {
-  GateKind gate_kind = GateKind::kNone;
-  double scale = 0;
-  bool is_bfloat16_exact = false;
-  int64_t rows = 0, seqs = 0, heads = 0, key_dim = 0, value_dim = 0;
-  std::vector<int32_t> cu_seqlens;
-  std::vector<float> q, k, v, gate, h0, o, ht;  // gate, h0: may be empty
+struct HostTensor {
+  std::vector<int64_t> shape;
+  std::vector<float> values;
 };
 
-using Shape = std::vector<int64_t>;
+struct Op {
+  AttentionOp op = AttentionOp::kLinearAttention;
+  std::string gate = "g", d_gate = "dg";  // their names in the file
+  float scale = 0;
+  bool is_bfloat16_exact = false;
+  std::vector<int32_t> cu_seqlens;
+  std::map<std::string, HostTensor> tensors;  // those that the file has
 
-absl::Status ReadInto(const Checkpoint& file, const std::string& name, const Shape& expected,
-                      std::vector<float>& out) {
-  Shape shape;
-  GLA_ASSIGN_OR_RETURN(out, ReadTensor<float>(file, name, expected.size(), &shape));
-  if (shape == expected) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("tensor ", name, ": expected shape [",
-                                                 absl::StrJoin(expected, ", "), "], found [",
-                                                 absl::StrJoin(shape, ", "), "]"));
-}
+  bool has(const std::string& name) const { return tensors.count(name) > 0; }
+  bool has_gradients() const { return has("do") || has("dht"); }
+};
 
 std::string Metadata(const Checkpoint& file, const std::string& key) {
   const auto it = file.metadata().find(key);
   return it == file.metadata().end() ? "" : it->second;
 }
 
-absl::Status ReadGate(const Checkpoint& file, Op& op) {
+absl::StatusOr<AttentionOp> ReadName(const Checkpoint& file) {
   const std::string name = Metadata(file, "op");
-  if (name == "gla") {
-    op.gate_kind = GateKind::kPerKey;
-    return ReadInto(file, "gk", {op.rows, op.heads, op.key_dim}, op.gate);
+  if (name == "gla") return AttentionOp::kGla;
+  if (name == "linear_attn") return AttentionOp::kLinearAttention;
+  if (name == "simple_gla") return AttentionOp::kSimpleGla;
+  if (name == "retention") return AttentionOp::kRetention;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "metadata op: expected gla, simple_gla, retention or linear_attn, found '", name, "'"));
+}
+
+absl::Status ReadTensors(const Checkpoint& file, size_t rank, bool required,
+                         const std::vector<std::string>& names, Op& op) {
+  for (const std::string& name : names) {
+    if (!required && file.Find(name) == nullptr) continue;
+    HostTensor& tensor = op.tensors[name];
+    GLA_ASSIGN_OR_RETURN(tensor.values, ReadTensor<float>(file, name, rank, &tensor.shape));
   }
-  if (name == "linear_attn") return absl::OkStatus();
-  if (name != "simple_gla" && name != "retention") {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "metadata op: expected gla, simple_gla, retention or linear_attn, found '", name, "'"));
-  }
-  if (file.Find("g") == nullptr) {
-    if (name == "simple_gla") return absl::OkStatus();
-    return absl::InvalidArgumentError("tensor g: not found");
-  }
-  GLA_RETURN_IF_ERROR(ReadInto(file, "g", {op.rows, op.heads}, op.gate));
-  op.gate_kind = GateKind::kScalar;
-  if (name == "simple_gla") return absl::OkStatus();
-  op.gate_kind = GateKind::kConstant;
-  for (size_t i = op.heads; i < op.gate.size(); ++i) {
-    if (op.gate[i] != op.gate[i - op.heads]) {
+  return absl::OkStatus();
+}
+
+// The operator takes a constant decay once per head; the file has it in every row.
+absl::Status TakeFirstRow(HostTensor& gate) {
+  const auto heads = static_cast<size_t>(gate.shape[1]);
+  for (size_t i = heads; i < gate.values.size(); ++i) {
+    if (gate.values[i] != gate.values[i - heads]) {
       return absl::InvalidArgumentError("tensor g: of retention, expected the same in every row");
     }
   }
-  op.gate.resize(op.heads);
+  gate.values.resize(heads);
+  gate.shape = {gate.shape[1]};
   return absl::OkStatus();
 }
 
 absl::StatusOr<Op> ReadOp(const Checkpoint& file) {
   Op op;
-  Shape q_shape, v_shape;
-  GLA_ASSIGN_OR_RETURN(op.q, ReadTensor<float>(file, "q", 3, &q_shape));
-  GLA_ASSIGN_OR_RETURN(op.v, ReadTensor<float>(file, "v", 3, &v_shape));
+  GLA_ASSIGN_OR_RETURN(op.op, ReadName(file));
+  size_t gate_rank = 2;
+  if (op.op == AttentionOp::kGla) op.gate = "gk", op.d_gate = "dgk", gate_rank = 3;
   GLA_ASSIGN_OR_RETURN(op.cu_seqlens, ReadTensor<int32_t>(file, "cu_seqlens", 1));
-  op.rows = q_shape[0], op.heads = q_shape[1], op.key_dim = q_shape[2], op.value_dim = v_shape[2];
-  const std::vector<int32_t>& cu = op.cu_seqlens;
-  if (cu.size() < 2 || cu.front() != 0 || cu.back() != op.rows ||
-      !std::is_sorted(cu.begin(), cu.end())) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor cu_seqlens: expected to rise from 0 to ",
-                                                   op.rows, ", found [", absl::StrJoin(cu, ", "),
-                                                   "]"));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, 3, true, {"q", "k", "v", "o"}, op));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, 4, true, {"ht"}, op));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, 3, false, {"do"}, op));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, 4, false, {"h0", "dht", "dh0"}, op));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, gate_rank, false, {op.gate, op.d_gate}, op));
+  GLA_RETURN_IF_ERROR(ReadTensors(file, 3, op.has_gradients(), {"dq", "dk", "dv"}, op));
+  if (op.op == AttentionOp::kRetention && op.has("g")) {
+    GLA_RETURN_IF_ERROR(TakeFirstRow(op.tensors["g"]));
   }
-  op.seqs = static_cast<int64_t>(cu.size()) - 1;
-  const Shape state = {op.seqs, op.heads, op.key_dim, op.value_dim};
-  const Shape values = {op.rows, op.heads, op.value_dim};
-  GLA_RETURN_IF_ERROR(ReadInto(file, "k", q_shape, op.k));
-  GLA_RETURN_IF_ERROR(ReadInto(file, "v", values, op.v));
-  GLA_RETURN_IF_ERROR(ReadInto(file, "o", values, op.o));
-  GLA_RETURN_IF_ERROR(ReadInto(file, "ht", state, op.ht));
-  if (file.Find("h0") != nullptr) GLA_RETURN_IF_ERROR(ReadInto(file, "h0", state, op.h0));
-  GLA_RETURN_IF_ERROR(ReadGate(file, op));
   op.is_bfloat16_exact = Metadata(file, "inputs") == "bf16-exact";
   const std::string scale = Metadata(file, "scale");
-  op.scale = std::strtod(scale.c_str(), nullptr);
+  op.scale = std::strtof(scale.c_str(), nullptr);
   if (op.scale > 0 && std::isfinite(op.scale)) return op;
   return absl::InvalidArgumentError(
       absl::StrCat("metadata scale: expected a positive number, found '", scale, "'"));
 }
 
-// The operator's results in one form.
-struct Results {
-  std::vector<float> o, ht;
+// One call of the operator: its inputs on the device.
+class Call {
+ public:
+  Call(Device& device, const Op& op, DType act, AttentionForm form) : device_(device), op_(op) {
+    inputs.op = op.op;
+    inputs.q = *Give("q", act);
+    inputs.k = *Give("k", act);
+    inputs.v = *Give("v", act);
+    inputs.gate = Give(op.gate, DType::kFloat32);
+    inputs.initial_state = Give("h0", DType::kFloat32);
+    inputs.cu_seqlens = op.cu_seqlens;
+    inputs.scale = op.scale;
+    inputs.form = form;
+    gradients.d_o = Give("do", act);
+    gradients.d_final_state = Give("dht", DType::kFloat32);
+  }
+
+  AttentionInputs inputs;
+  AttentionResultGradients gradients;
+
+ private:
+  std::optional<Tensor> Give(const std::string& name, DType dtype) {
+    if (!op_.has(name)) return std::nullopt;
+    const HostTensor& tensor = op_.tensors.at(name);
+    const int count = static_cast<int>(tensor.values.size());
+    const auto bytes = ConvertWeight({tensor.values.data(), DType::kFloat32, 1, count}, dtype);
+    memory_.emplace_back(device_, bytes.size());
+    device_.Upload(memory_.back().data(), bytes.data(), bytes.size());
+    return Tensor{memory_.back().data(), dtype, tensor.shape};
+  }
+
+  Device& device_;
+  const Op& op_;
+  std::vector<DeviceBuffer> memory_;
 };
 
-Results Compute(Device& device, const Op& op, DType dtype, bool chunkwise) {
-  const auto upload = [&](const void* data, size_t bytes) {
-    DeviceBuffer buffer(device, bytes);
-    device.Upload(buffer.data(), data, bytes);
-    return buffer;
-  };
-  const auto upload_act = [&](const std::vector<float>& values) {
-    const std::vector<uint8_t> bytes =
-        ConvertWeight({values.data(), DType::kFloat32, 1, static_cast<int>(values.size())}, dtype);
-    return upload(bytes.data(), bytes.size());
-  };
-  const DeviceBuffer q = upload_act(op.q), k = upload_act(op.k), v = upload_act(op.v);
-  const DeviceBuffer gate = upload(op.gate.data(), op.gate.size() * 4);
-  const DeviceBuffer cu = upload(op.cu_seqlens.data(), op.cu_seqlens.size() * 4);
-  const DeviceBuffer o(device, op.o.size() * SizeOf(dtype));
-  const DeviceBuffer state(device, op.ht.size() * 4);
-  if (!op.h0.empty()) device.Upload(state.data(), op.h0.data(), op.h0.size() * 4);
-  std::vector<int32_t> slots(op.seqs);
-  for (int32_t n = 0; n < op.seqs; ++n) slots[n] = n;
-  const DeviceBuffer write_slots = upload(slots.data(), slots.size() * 4);
-  if (op.h0.empty()) std::fill(slots.begin(), slots.end(), -1);
-  const DeviceBuffer read_slots = upload(slots.data(), slots.size() * 4);
+std::vector<float> Download(Device& device, const DeviceTensor& tensor) {
+  std::vector<uint8_t> raw(tensor.buffer.bytes());
+  device.Download(raw.data(), tensor.buffer.data(), raw.size());
+  std::vector<float> values(raw.size() / SizeOf(tensor.dtype));
+  const auto wide = ConvertWeight({raw.data(), tensor.dtype, 1, static_cast<int>(values.size())},
+                                  DType::kFloat32);
+  if (!wide.empty()) std::memcpy(values.data(), wide.data(), wide.size());
+  return values;
+}
 
-  LinearAttentionArgs args{};
-  args.q = q.data();
-  args.k = k.data();
-  args.v = v.data();
-  args.gate_kind = op.gate_kind;
-  args.gate = gate.as<float>();
-  args.o = o.data();
-  args.state = state.as<float>();
-  args.state_stride = op.heads * op.key_dim * op.value_dim;
-  args.seqs = {cu.as<int32_t>(),          read_slots.as<int32_t>(),  write_slots.as<int32_t>(),
-               static_cast<int>(op.seqs), static_cast<int>(op.rows), 0};
-  for (int64_t n = 0; n < op.seqs; ++n) {
-    args.seqs.max_len = std::max(args.seqs.max_len, op.cu_seqlens[n + 1] - op.cu_seqlens[n]);
+// How far a result is from the file's tensor of that name. What the file does not have must not be
+// there: a check of its own, 1 when it is.
+GoldenCheck Compare(Device& device, const Op& op, const std::string& name,
+                    const DeviceTensor* result, const std::string& prefix, double limit) {
+  if (!op.has(name)) return {"", absl::StrCat(prefix, name, "-absent"), result ? 1.0 : 0.0, 0};
+  const HostTensor& expected = op.tensors.at(name);
+  double ratio = std::numeric_limits<double>::infinity();
+  if (result != nullptr && result->shape == expected.shape) {
+    ratio = RmsRatio(Download(device, *result), expected.values);
   }
-  args.num_heads = args.num_kv_heads = args.state_heads = static_cast<int>(op.heads);
-  args.key_dim = static_cast<int>(op.key_dim);
-  args.value_dim = static_cast<int>(op.value_dim);
-  args.q_stride = args.k_stride = op.heads * op.key_dim;
-  args.v_stride = args.o_stride = op.heads * op.value_dim;
-  args.gate_stride = op.gate_kind == GateKind::kPerKey ? op.heads * op.key_dim : op.heads;
-  args.scale = static_cast<float>(op.scale);
-  args.dtype = dtype;
-  (chunkwise ? ChunkLinearAttention : RecurrentLinearAttention)(device, args);
+  return {"", absl::StrCat(prefix, name, "-rms-ratio"), ratio, limit};
+}
 
-  std::vector<uint8_t> raw(o.bytes());
-  device.Download(raw.data(), o.data(), raw.size());
-  const std::vector<uint8_t> wide =
-      ConvertWeight({raw.data(), dtype, 1, static_cast<int>(op.o.size())}, DType::kFloat32);
-  Results results{std::vector<float>(op.o.size()), std::vector<float>(op.ht.size())};
-  std::memcpy(results.o.data(), wide.data(), wide.size());
-  device.Download(results.ht.data(), state.data(), state.bytes());
-  return results;
+absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const Op& op, DType act,
+                                               AttentionForm form) {
+  const bool narrow = act == DType::kBFloat16;
+  const double limit = narrow ? kBFloat16Ratio : kFloat32Ratio;
+  const std::string prefix =
+      absl::StrCat(NameOf(act), form == AttentionForm::kChunkwise ? "/chunkwise/" : "/recurrent/");
+  const auto present = [](const std::optional<DeviceTensor>& tensor) {
+    return tensor ? &*tensor : nullptr;
+  };
+  const Call call(device, op, act, form);
+  GLA_ASSIGN_OR_RETURN(const AttentionResult result, AttentionForward(device, call.inputs, true));
+  std::vector<GoldenCheck> checks = {
+      Compare(device, op, "o", &result.o, prefix, narrow ? kBFloat16OutputRatio : kFloat32Ratio),
+      Compare(device, op, "ht", present(result.final_state), prefix, limit)};
+  if (!op.has_gradients()) return checks;
+  GLA_ASSIGN_OR_RETURN(const AttentionGradients gradients,
+                       AttentionBackward(device, call.inputs, call.gradients));
+  for (const auto& [name, tensor] :
+       {std::pair<std::string, const DeviceTensor*>{"dq", &gradients.dq},
+        {"dk", &gradients.dk},
+        {"dv", &gradients.dv},
+        {op.d_gate, present(gradients.d_gate)},
+        {"dh0", present(gradients.d_initial_state)}}) {
+    checks.push_back(Compare(device, op, name, tensor, prefix, limit));
+  }
+  return checks;
 }
 
 }  // namespace
@@ -169,20 +190,19 @@ Results Compute(Device& device, const Op& op, DType dtype, bool chunkwise) {
 absl::Status JudgeOp(Device& device, const std::string& path, DType dtype,
                      std::vector<GoldenCheck>& checks) {
   GLA_ASSIGN_OR_RETURN(const Checkpoint file, Checkpoint::OpenFile(path));
+  const auto named = [&path](const absl::Status& status) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", std::string(status.message())));
+  };
   const absl::StatusOr<Op> op = ReadOp(file);
-  if (!op.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": ", std::string(op.status().message())));
-  }
+  if (!op.ok()) return named(op.status());
   if (dtype == DType::kBFloat16 && !op->is_bfloat16_exact) return absl::OkStatus();
-  const std::string name = std::filesystem::path(path).stem().string();
-  const bool narrow = dtype == DType::kBFloat16;
-  for (const bool chunkwise : {false, true}) {
-    const Results got = Compute(device, *op, dtype, chunkwise);
-    const std::string check = absl::StrCat(NameOf(dtype), chunkwise ? "/chunkwise" : "/recurrent");
-    checks.push_back({name, check + "/o-rms-ratio", RmsRatio(got.o, op->o),
-                      narrow ? kBFloat16OutputRatio : kFloat32Ratio});
-    checks.push_back({name, check + "/ht-rms-ratio", RmsRatio(got.ht, op->ht),
-                      narrow ? kBFloat16StateRatio : kFloat32Ratio});
+  for (const AttentionForm form : {AttentionForm::kRecurrent, AttentionForm::kChunkwise}) {
+    absl::StatusOr<std::vector<GoldenCheck>> found = Judge(device, *op, dtype, form);
+    if (!found.ok()) return named(found.status());
+    for (GoldenCheck& check : *found) {
+      check.name = std::filesystem::path(path).stem().string();
+      checks.push_back(std::move(check));
+    }
   }
   return absl::OkStatus();
 }
