@@ -65,19 +65,22 @@ struct AttentionLayerConfig {
 };
 
 struct AttentionLayerOptions {
-  DType dtype = DType::kFloat32;  // of activations and their gradients: or bfloat16
-  std::optional<AttentionForm> form =
-      {};  // of the operator, both ways; absent: the operator's rule
+  DType dtype = DType::kFloat32;  // of activations and their gradients; or bfloat16
+  // Of the operator, both ways. Absent: DefaultForm() of each call.
+  std::optional<AttentionForm> form = {};
 };
 
 // The states of N sequences, float32: Tensor where the caller's, DeviceTensor where ours. What is
 // absent of an initial state is zero; an absent gradient of a final state is, too.
 template <typename T>
 struct AttentionLayerState {
-  std::optional<T> recurrent =
-      {};                         // [N, S, K, V], S = H with retention and a gated simple GLA, or G
-  std::optional<T> key_sum = {};  // [N, G, K], linear attention with `normalize`
-  std::optional<T> conv = {};     // [N, conv_size - 1, channels q | k | v], oldest input first
+  // [N, S, K, V]. S = H with retention and with a gated simple GLA, else G.
+  std::optional<T> recurrent = {};
+  // [N, G, K]. Linear attention with `normalize`.
+  std::optional<T> key_sum = {};
+  // [N, conv_size - 1, channels q | k | v], the last inputs of the short convolution, oldest first.
+  // The k and v channels are of S heads with a gated simple GLA, else of G.
+  std::optional<T> conv = {};
 };
 
 struct AttentionLayerInput {
