@@ -148,7 +148,8 @@ struct FeatureMapArgs {
 void ApplyFeatureMap(Device& device, const FeatureMapArgs& args);
 
 // Rotary position embedding in place, halves paired (i, i + K/2), base 10000 (RoFormer; fla's
-// RotaryEmbedding, interleaved = false). Row t is at position positions[t].
+// RotaryEmbedding, interleaved = false). Row t is at position positions[t]. `inverse` turns back:
+// the gradient of a rotation is the rotation by the opposite angles.
 struct RotaryArgs {
   void* x;                   // [rows, heads, dim] act
   const int64_t* positions;  // [rows]
@@ -158,6 +159,7 @@ struct RotaryArgs {
   // Round each base^(-2 i / K) to bfloat16: what fla computes after a model was cast to bfloat16
   // and back to float32 (the cast rounds its table too).
   bool bfloat16_frequencies = false;
+  bool inverse = false;
   DType dtype;
 };
 void Rotary(Device& device, const RotaryArgs& args);
@@ -289,8 +291,7 @@ size_t LinearAttentionBackwardBytes(Device& device, const LinearAttentionBackwar
 void RecurrentLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
 void ChunkLinearAttentionBackward(Device& device, const LinearAttentionBackwardArgs& args);
 
-// ---- Around the recurrence, for the operators (attention.h)
-// --------------------------------------
+// ---- Around the recurrence, for the operators (attention.h) -------------------------------------
 
 // y[r, c] = x[r, c] in y's type, for columns that may be part of wider rows.
 struct CopyColumnsArgs {
@@ -313,6 +314,85 @@ struct QuotientGradientArgs {
   DType dtype;
 };
 void QuotientGradient(Device& device, const QuotientGradientArgs& args);
+
+// ---- Gradients of rows --------------------------------------------------------------------------
+
+// The gradients of sum(y * dy) with respect to a kernel's inputs, weights excepted. Names are those
+// of the forward kernel; what it computes on the way is computed again, from its inputs. Two need
+// no kernel of their own: a product's input gradient dx = dy W is the Matmul with the weight packed
+// transposed, and a rotation's is Rotary with `inverse`.
+
+// With r = 1 / sqrt(mean(x^2) + eps) and u = dy * weight * gate * sigmoid(gate):
+//   dx = r u - r^3 x mean(x u)                                   not `normalize`: dx = u
+//   dgate = dy * x r weight * sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
+struct RmsNormBackwardArgs {
+  const void* x;                  // [rows, groups, dim] `x_dtype`
+  const float* weight = nullptr;  // [dim]; null: no learned scale
+  const void* gate = nullptr;     // [rows, groups, dim] `y_dtype`; null: no gate
+  const void* dy;                 // [rows, groups, dim] `y_dtype`
+  void* dx;                       // [rows, groups, dim] `x_dtype`
+  void* dgate = nullptr;          // [rows, groups, dim] `y_dtype`; null exactly when `gate` is
+  int rows, groups, dim;
+  int64_t x_stride, gate_stride = 0, dy_stride, dx_stride, dgate_stride = 0;
+  float eps;
+  bool normalize = true;
+  DType x_dtype, y_dtype;
+};
+void RmsNormBackward(Device& device, const RmsNormBackwardArgs& args);
+
+// From the gate itself, since sigmoid(x + bias) = exp(normalizer y):
+//   dx = dy (1 - exp(normalizer y)) / normalizer                 0 where y is clamp_min
+struct LogSigmoidGateBackwardArgs {
+  const float* y;   // [rows, dim] the forward's result
+  const float* dy;  // [rows, dim]
+  void* dx;         // [rows, dim] `dx_dtype`; may be `dy` when float32
+  int rows, dim;
+  float normalizer;
+  const float* clamp_min = nullptr;  // HOST pointer to one value; null: no clamp
+  DType dx_dtype;
+};
+void LogSigmoidGateBackward(Device& device, const LogSigmoidGateBackwardArgs& args);
+
+// dx = J^T dy of the map on each head (0 where a relu's input is 0). With `normalize`, y = m / D,
+// D = sum(m) + 1e-4 of the bare map m:  dm = (dy - sum(dy y)) / D, and J is the bare map's.
+struct FeatureMapBackwardArgs {
+  FeatureMap map;
+  const void* x;             // [rows, heads, dim] act
+  const void* x2 = nullptr;  // kProduct only: same shape and stride as x
+  const void* dy;            // [rows, heads, out_dim] act
+  void* dx;                  // [rows, heads, dim] act
+  void* dx2 = nullptr;       // kProduct only: same shape and stride as dx
+  int rows, heads, dim;
+  int out_dim;  // dim, 2 dim (kSoftmax2) or 8 dim (kDpfp)
+  int64_t x_stride, dy_stride, dx_stride;
+  bool normalize = false;
+  DType dtype;
+};
+void FeatureMapBackward(Device& device, const FeatureMapBackwardArgs& args);
+
+// With p[t] what the convolution gives before silu, dp[t] = dy[t] silu'(p[t]), and the inputs of a
+// sequence counted from -(W - 1), where those of the initial state begin:
+//   dx[s, c] = sum_w weight[c, w] dp[s + (W - 1) - w, c]
+//              + d_final_state[s - (len - (W - 1)), c]           for the last W - 1 inputs
+// States are [N, W - 1, C], contiguous. A short sequence passes d_final_state on to its initial
+// one.
+struct ShortConvBackwardArgs {
+  const void* x;                         // [rows, C] act
+  const float* weight;                   // [C, W]
+  const float* bias = nullptr;           // [C]
+  const float* initial_state = nullptr;  // null: zero
+  const void* dy;                        // [rows, C] act
+  const float* d_final_state = nullptr;  // null: zero
+  void* dx;                              // [rows, C] act; neither `x` nor `dy`
+  float* d_initial_state = nullptr;      // null: not wanted
+  const int32_t* cu_seqlens;             // [N + 1]
+  int num_seqs, num_rows;                // N, cu_seqlens[N]
+  int channels, width;                   // width in [1, 8]
+  int64_t x_stride, dy_stride, dx_stride;
+  bool silu = true;
+  DType dtype;
+};
+void ShortConvBackward(Device& device, const ShortConvBackwardArgs& args);
 
 // ---- From logits to tokens ----------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ namespace {
 
 // In double, because a session's positions have no bound: at position 10^6 a float32 angle is wrong
 // by several hundredths.
-void SinCosOf(int64_t position, const std::vector<double>& frequencies, float* cosines,
-              float* sines) {
+void SinCosOf(int64_t position, const std::vector<double>& frequencies, bool inverse,
+              float* cosines, float* sines) {
   for (size_t i = 0; i < frequencies.size(); ++i) {
     const double angle = static_cast<double>(position) * frequencies[i];
     cosines[i] = static_cast<float>(std::cos(angle));
-    sines[i] = static_cast<float>(std::sin(angle));
+    sines[i] = static_cast<float>(inverse ? -std::sin(angle) : std::sin(angle));
   }
 }
 
@@ -45,7 +45,7 @@ void Rotary(Device& device, const RotaryArgs& a) {
     ParallelFor(device, a.rows, half * 40.0 + a.heads * a.dim, [&](int64_t begin, int64_t end) {
       std::vector<float> cosines(half), sines(half);
       for (int64_t t = begin; t < end; ++t) {
-        SinCosOf(a.positions[t], frequencies, cosines.data(), sines.data());
+        SinCosOf(a.positions[t], frequencies, a.inverse, cosines.data(), sines.data());
         T* row = static_cast<T*>(a.x) + t * a.x_stride;
         for (int h = 0; h < a.heads; ++h) {
           Rotate(row + h * a.dim, half, cosines.data(), sines.data());

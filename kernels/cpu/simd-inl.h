@@ -165,6 +165,13 @@ HWY_INLINE V Silu(D d, V x) {
   return hn::Mul(x, Sigmoid(d, x));
 }
 
+// The derivative of Silu.
+template <class D, class V>
+HWY_INLINE V SiluSlope(D d, V x) {
+  const V s = Sigmoid(d, x);
+  return hn::MulAdd(x, hn::NegMulAdd(s, s, s), s);
+}
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace gla

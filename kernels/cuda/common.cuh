@@ -101,6 +101,11 @@ __device__ inline __half FromFloat<__half>(float x) {
 
 __device__ inline float Sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float Silu(float x) { return x / (1.0f + expf(-x)); }
+// The derivative of Silu.
+__device__ inline float SiluSlope(float x) {
+  const float s = Sigmoid(x);
+  return fmaf(x, fmaf(-s, s, s), s);
+}
 
 // Four neighbours at once; `p` is aligned to four elements.
 __device__ inline float4 LoadFour(const float* p) { return *reinterpret_cast<const float4*>(p); }

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) RotaryKernel(const RotaryArgs a) {
     }
     double sine, cosine;
     sincos(position * frequency, &sine, &cosine);
-    const float c = static_cast<float>(cosine), s = static_cast<float>(sine);
+    const float c = static_cast<float>(cosine), s = static_cast<float>(a.inverse ? -sine : sine);
     T* x = static_cast<T*>(a.x) + row * a.x_stride + i;
     for (int h = 0; h < a.heads; ++h, x += a.dim) {
       const float low = ToFloat(x[0]), high = ToFloat(x[half]);

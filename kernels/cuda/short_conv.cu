@@ -3,6 +3,7 @@
 // Two launches: all outputs (a thread to each row and channel), then the states. The second may
 // write in place what the first one reads, whichever blocks the first one was cut into.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/sequences.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -10,20 +11,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxWidth = 8;
-
-// The sequence that owns `row`; empty sequences own none.
-__device__ int SequenceOf(const Sequences& seqs, int row) {
-  int low = 0, high = seqs.num_seqs;  // cu_seqlens[low] <= row < cu_seqlens[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (seqs.cu_seqlens[middle] <= row) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // Input `t` of channel c, counted from the sequence's first row in this call; t >= -(width - 1).
 template <typename T>
@@ -40,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   const int row = blockIdx.x / blocks_per_row;
   const int c = static_cast<int>(blockIdx.x % blocks_per_row) * kThreads + threadIdx.x;
   if (c >= a.channels) return;
-  const int seq = SequenceOf(a.seqs, row);
+  const int seq = SequenceOf(a.seqs.cu_seqlens, a.seqs.num_seqs, row);
   const int64_t first_row = a.seqs.cu_seqlens[seq];
   float sum = a.bias == nullptr ? 0.0f : a.bias[c];
   for (int w = 0; w < a.width; ++w) {

@@ -1,39 +1,9 @@
 #include <cmath>
 
 #include "model/model_impl.h"
+#include "model/qk_map.h"
 
 namespace gla {
-namespace {
-
-FeatureMap KernelOf(QkMap map) {
-  switch (map) {
-    case QkMap::kRelu:
-    case QkMap::kT2r:
-      return FeatureMap::kRelu;
-    case QkMap::kElu:
-      return FeatureMap::kElu;
-    case QkMap::kSilu:
-      return FeatureMap::kSilu;
-    case QkMap::kSigmoid:
-      return FeatureMap::kSigmoid;
-    case QkMap::kSquaredRelu:
-      return FeatureMap::kSquaredRelu;
-    case QkMap::kGelu:
-      return FeatureMap::kGelu;
-    case QkMap::kElementwiseProduct:
-      return FeatureMap::kProduct;
-    case QkMap::kHedgehog:
-      return FeatureMap::kSoftmax2;
-    case QkMap::kDpfp:
-      return FeatureMap::kDpfp;
-    case QkMap::kNone:
-    case QkMap::kIdentity:
-      return FeatureMap::kIdentity;
-  }
-  return FeatureMap::kIdentity;
-}
-
-}  // namespace
 
 // ---- Building blocks ----------------------------------------------------------------------------
 

@@ -178,10 +178,7 @@ void ReadHeads(ConfigReader& reader, ModelConfig& config) {
   config.head_value_dim =
       ProjectedDim(reader, "expand_v", defaults.expand_v, config) / config.num_heads;
   config.feature_map = ReadFeatureMap(reader, config.family);
-  const int features = config.feature_map == QkMap::kHedgehog ? 2
-                       : config.feature_map == QkMap::kDpfp   ? 8
-                                                              : 1;
-  config.feature_dim = config.head_key_dim * features;
+  config.feature_dim = config.head_key_dim * FeaturesPerKey(config.feature_map);
   if (config.family != ModelFamily::kRetNet) return;
   if (config.head_key_dim % 2 != 0 || config.head_key_dim > kMaxRetNetKeyDim) {
     reader.Fail("expand_k",
@@ -263,6 +260,10 @@ std::string_view NameOf(ModelFamily family) {
       return "retnet";
   }
   return "";
+}
+
+int FeaturesPerKey(QkMap map) {
+  return map == QkMap::kHedgehog ? 2 : map == QkMap::kDpfp ? 8 : 1;
 }
 
 absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {

@@ -30,6 +30,8 @@ enum class QkMap {
   kT2r,
   kDpfp,
 };
+// How many features a map makes of one key dimension: 1, 2 or 8.
+int FeaturesPerKey(QkMap map);
 
 struct ModelConfig {
   ModelFamily family = ModelFamily::kGla;

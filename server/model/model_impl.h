@@ -11,6 +11,7 @@
 #include "kernels/device.h"
 #include "kernels/kernels.h"
 #include "model/model.h"
+#include "model/rows.h"
 #include "model/step_inputs.h"
 #include "model/weights.h"
 
@@ -24,21 +25,6 @@ struct StateLayout {
   int64_t recurrent, key_sum, conv;  // floats per layer
   int64_t key_sums_begin, convs_begin;
   int64_t floats;
-};
-
-// Rows of activations, or a block of their columns.
-struct Rows {
-  void* data = nullptr;
-  int64_t stride = 0;  // elements
-  DType dtype = DType::kFloat32;
-
-  Rows Columns(int64_t first) const { return {At(first), stride, dtype}; }
-  Rows From(int64_t row) const { return {At(row * stride), stride, dtype}; }
-
- private:
-  void* At(int64_t elements) const {
-    return static_cast<char*>(data) + elements * static_cast<int64_t>(SizeOf(dtype));
-  }
 };
 
 struct Model::Impl {

@@ -1,107 +1,14 @@
 #include "model/weights.h"
 
 #include <cmath>
-#include <cstring>
 #include <string>
-#include <string_view>
-#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "model/weight_loader.h"
 
 namespace gla {
 namespace {
-
-absl::Status OutOfMemory(const std::string& name, size_t bytes, const Device& device) {
-  return absl::ResourceExhaustedError(absl::StrCat("no device memory for ", name, ": need ", bytes,
-                                                   " bytes, ", device.memory_free(), " are free"));
-}
-
-// Turns the named weights of a source into device memory.
-class Loader {
- public:
-  struct Block {
-    std::string name;
-    int64_t rows;
-  };
-
-  Loader(Device& device, DType act, WeightSource& source)
-      : device_(device), act_(act), source_(source) {}
-
-  bool Lists(const std::string& name) const { return source_.Lists(name); }
-
-  // Two names of one weight.
-  absl::Status CheckSame(const std::string& a, const std::string& b,
-                         const std::vector<int64_t>& shape) {
-    GLA_ASSIGN_OR_RETURN(const HostWeight first, source_.Get(a, shape));
-    GLA_ASSIGN_OR_RETURN(const HostWeight second, source_.Get(b, shape));
-    if (ConvertWeight(first.matrix, DType::kFloat32) ==
-        ConvertWeight(second.matrix, DType::kFloat32)) {
-      return absl::OkStatus();
-    }
-    return absl::InvalidArgumentError(
-        absl::StrCat("tensors ", a, " and ", b,
-                     ": expected the same values (tie_feature_map_qk), found different ones"));
-  }
-
-  // The blocks [rows, cols], stacked along the rows. Blocks of no rows are absent.
-  absl::StatusOr<PackedWeight> Matrix(const std::vector<Block>& blocks, int64_t cols) {
-    std::vector<HostWeight> parts;
-    std::vector<HostMatrix> matrices;
-    bool all_bfloat16 = true;
-    for (const Block& block : blocks) {
-      if (block.rows == 0) continue;
-      GLA_ASSIGN_OR_RETURN(HostWeight part, source_.Get(block.name, {block.rows, cols}));
-      all_bfloat16 = all_bfloat16 && part.matrix.dtype == DType::kBFloat16;
-      matrices.push_back(part.matrix);
-      parts.push_back(std::move(part));
-    }
-    // The CPU multiplies float32 rows with bfloat16 weights directly: half the bytes to read. The
-    // CUDA backend wants both to be of one type.
-    const bool mixes = std::string_view(Device::backend()) == "cpu";
-    const DType dtype =
-        act_ == DType::kBFloat16 || (mixes && all_bfloat16) ? DType::kBFloat16 : DType::kFloat32;
-    PackedWeight packed(device_, matrices, dtype);
-    if (!packed.ok()) return OutOfMemory(blocks.front().name, packed.bytes(), device_);
-    return packed;
-  }
-
-  // The weights of `shape` (the same for all but the first dimension) one after another, float32.
-  absl::StatusOr<DeviceBuffer> Floats(
-      const std::vector<std::pair<std::string, std::vector<int64_t>>>& blocks) {
-    std::vector<uint8_t> all;
-    for (const auto& [name, shape] : blocks) {
-      GLA_ASSIGN_OR_RETURN(const HostWeight part, source_.Get(name, shape));
-      const std::vector<uint8_t> values = ConvertWeight(part.matrix, DType::kFloat32);
-      all.insert(all.end(), values.begin(), values.end());
-    }
-    return Upload(blocks.front().first, all);
-  }
-  absl::StatusOr<DeviceBuffer> Vector(const std::string& name, int64_t size) {
-    return Floats({{name, {size}}});
-  }
-
-  // A table that rows are copied from; row-major, of the type in `*dtype` on return.
-  absl::StatusOr<DeviceBuffer> Table(const std::string& name, int64_t rows, int64_t cols,
-                                     DType* dtype) {
-    GLA_ASSIGN_OR_RETURN(const HostWeight part, source_.Get(name, {rows, cols}));
-    const bool narrow = act_ == DType::kBFloat16 || part.matrix.dtype == DType::kBFloat16;
-    *dtype = narrow ? DType::kBFloat16 : DType::kFloat32;
-    return Upload(name, ConvertWeight(part.matrix, *dtype));
-  }
-
-  absl::StatusOr<DeviceBuffer> Upload(const std::string& name, const std::vector<uint8_t>& bytes) {
-    DeviceBuffer buffer(device_, bytes.size());
-    if (!buffer.ok()) return OutOfMemory(name, bytes.size(), device_);
-    device_.Upload(buffer.data(), bytes.data(), bytes.size());
-    return buffer;
-  }
-
- private:
-  Device& device_;
-  DType act_;
-  WeightSource& source_;
-};
 
 // The name of the norm on each head's output, as fla's layers name it.
 const char* HeadNormName(const ModelConfig& config) {
@@ -109,68 +16,8 @@ const char* HeadNormName(const ModelConfig& config) {
   return config.use_output_gate && config.fuse_norm ? "g_norm_swish_gate" : "g_norm";
 }
 
-// The tensors of a feature map, below its own name.
-struct MapTensor {
-  std::string name;
-  std::vector<int64_t> shape;
-};
-std::vector<MapTensor> MapTensors(const ModelConfig& config) {
-  const int64_t dim = config.head_key_dim;
-  switch (config.feature_map) {
-    case QkMap::kT2r:
-      return {{".layer.weight", {dim, dim}}};
-    case QkMap::kHedgehog:
-      return {{".layer.weight", {dim, dim}}, {".layer.bias", {dim}}};
-    case QkMap::kElementwiseProduct:
-      return {{".layer1.weight", {dim, dim}},
-              {".layer1.bias", {dim}},
-              {".layer2.weight", {dim, dim}},
-              {".layer2.bias", {dim}}};
-    default:
-      return {};
-  }
-}
-
-absl::Status LoadFeatureMap(Loader& loader, const ModelConfig& config, const std::string& prefix,
-                            FeatureMapWeights& out) {
-  PackedWeight* matrix = &out.layer1;
-  DeviceBuffer* bias = &out.bias1;
-  for (const MapTensor& tensor : MapTensors(config)) {
-    const std::string name = prefix + tensor.name;
-    if (tensor.shape.size() == 1) {
-      GLA_ASSIGN_OR_RETURN(*bias, loader.Vector(name, tensor.shape[0]));
-      bias = &out.bias2;
-    } else {
-      GLA_ASSIGN_OR_RETURN(*matrix, loader.Matrix({{name, tensor.shape[0]}}, tensor.shape[1]));
-      matrix = &out.layer2;
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status LoadFeatureMaps(Loader& loader, const ModelConfig& config, const std::string& attn,
-                             LayerWeights& out) {
-  const std::string q = attn + "feature_map_q", k = attn + "feature_map_k";
-  std::string q_from = q, k_from = k;
-  if (config.tie_feature_map_qk) {
-    // One map under two names, of which a file may list either, or both with the same values.
-    bool lists_q = false, lists_k = false;
-    for (const MapTensor& tensor : MapTensors(config)) {
-      lists_q = lists_q || loader.Lists(q + tensor.name);
-      lists_k = lists_k || loader.Lists(k + tensor.name);
-    }
-    q_from = k_from = lists_k && !lists_q ? k : q;
-    if (lists_q && lists_k) {
-      for (const MapTensor& tensor : MapTensors(config)) {
-        GLA_RETURN_IF_ERROR(loader.CheckSame(q + tensor.name, k + tensor.name, tensor.shape));
-      }
-    }
-  }
-  GLA_RETURN_IF_ERROR(LoadFeatureMap(loader, config, q_from, out.q_map));
-  return LoadFeatureMap(loader, config, k_from, out.k_map);
-}
-
-absl::Status LoadLayer(Loader& loader, const ModelConfig& config, int index, LayerWeights& out) {
+absl::Status LoadLayer(WeightLoader& loader, const ModelConfig& config, int index,
+                       LayerWeights& out) {
   const std::string layer = absl::StrCat("model.layers.", index, ".");
   const std::string attn = layer + "attn.";
   const int hidden = config.hidden_size;
@@ -194,7 +41,11 @@ absl::Status LoadLayer(Loader& loader, const ModelConfig& config, int index, Lay
                                                   {attn + "k_conv1d.weight", {proj.k, 1, width}},
                                                   {attn + "v_conv1d.weight", {proj.v, 1, width}}}));
   }
-  GLA_RETURN_IF_ERROR(LoadFeatureMaps(loader, config, attn, out));
+  GLA_RETURN_IF_ERROR(LoadQkMaps(loader,
+                                 {.map = config.feature_map,
+                                  .head_key_dim = config.head_key_dim,
+                                  .tied = config.tie_feature_map_qk},
+                                 attn, out.q_map, out.k_map));
   if (config.output_norm && config.elementwise_affine) {
     GLA_ASSIGN_OR_RETURN(
         out.head_norm,
@@ -213,16 +64,6 @@ absl::Status LoadLayer(Loader& loader, const ModelConfig& config, int index, Lay
   return absl::OkStatus();
 }
 
-// Retention's log decay per head: log(1 - 2^(-5 - h)).
-std::vector<uint8_t> RetentionDecay(int num_heads) {
-  std::vector<uint8_t> bytes(4 * static_cast<size_t>(num_heads));
-  for (int head = 0; head < num_heads; ++head) {
-    const float decay = std::log(1.0f - std::exp2(-5.0f - static_cast<float>(head)));
-    std::memcpy(&bytes[4 * static_cast<size_t>(head)], &decay, 4);
-  }
-  return bytes;
-}
-
 int64_t BytesOf(const FeatureMapWeights& map) {
   return map.layer1.bytes() + map.bias1.bytes() + map.layer2.bytes() + map.bias2.bytes();
 }
@@ -235,6 +76,14 @@ ProjectionLayout::ProjectionLayout(const ModelConfig& config)
       v(config.num_kv_heads * config.head_value_dim),
       g(config.use_output_gate ? config.num_heads * config.head_value_dim : 0),
       gate(config.family == ModelFamily::kGla ? config.gate_low_rank_dim : 0) {}
+
+std::vector<float> RetentionDecay(int num_heads) {
+  std::vector<float> decay(num_heads);
+  for (int head = 0; head < num_heads; ++head) {
+    decay[head] = std::log(1.0f - std::exp2(-5.0f - static_cast<float>(head)));
+  }
+  return decay;
+}
 
 int64_t ModelWeights::bytes() const {
   size_t sum = embeddings.bytes() + norm.bytes() + lm_head.bytes() + decay.bytes();
@@ -249,7 +98,7 @@ int64_t ModelWeights::bytes() const {
 
 absl::StatusOr<ModelWeights> LoadWeights(Device& device, const ModelConfig& config, DType act,
                                          WeightSource& source) {
-  Loader loader(device, act, source);
+  WeightLoader loader(device, act, source);
   ModelWeights weights;
   const char kEmbeddings[] = "model.embeddings.weight";
   GLA_ASSIGN_OR_RETURN(
@@ -284,9 +133,7 @@ absl::Status CheckWidths(const ModelConfig& config, const ModelWeights& weights)
   const int64_t hidden = config.hidden_size;
   const ProjectionLayout proj(config);
   const int64_t heads = config.num_heads, kv_heads = config.num_kv_heads;
-  const int map_factor = config.feature_map == QkMap::kHedgehog ? 2
-                         : config.feature_map == QkMap::kDpfp   ? 8
-                                                                : 1;
+  const int map_factor = FeaturesPerKey(config.feature_map);
 
   expect("model", "embedding bytes for vocab_size rows of the residual's width",
          config.vocab_size * hidden * static_cast<int64_t>(SizeOf(weights.embeddings_dtype)),

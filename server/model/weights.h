@@ -9,17 +9,10 @@
 #include "kernels/device.h"
 #include "kernels/kernels.h"
 #include "model/model_config.h"
+#include "model/qk_map.h"
 #include "model/weight_source.h"
 
 namespace gla {
-
-// Linear layers inside a feature map, applied to each head; which exist depends on the map.
-struct FeatureMapWeights {
-  PackedWeight layer1;  // [head_key_dim, head_key_dim]
-  DeviceBuffer bias1;   // [head_key_dim]
-  PackedWeight layer2;  // kElementwiseProduct only
-  DeviceBuffer bias2;
-};
 
 // Vectors are float32. An absent part has no memory.
 struct LayerWeights {
@@ -58,6 +51,9 @@ struct ProjectionLayout {
   int gate_begin() const { return qkv() + g; }
   int width() const { return qkv() + g + gate; }
 };
+
+// Retention's log decay per head: log(1 - 2^(-5 - h)).
+std::vector<float> RetentionDecay(int num_heads);
 
 // Reads every weight that `config` calls for. `act` is the activations' type (see ModelOptions).
 absl::StatusOr<ModelWeights> LoadWeights(Device& device, const ModelConfig& config, DType act,

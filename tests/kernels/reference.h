@@ -34,6 +34,39 @@ inline Doubles Matmul(const std::vector<float>& x, const std::vector<float>& w, 
   return y;
 }
 
+// One group of a row; empty: no learned scale, no gate.
+inline Doubles RmsNorm(const Doubles& x, const Doubles& weight, const Doubles& gate, double eps,
+                       bool normalize) {
+  double squares = 0;
+  for (double v : x) squares += v * v;
+  const double scale = normalize ? 1 / std::sqrt(squares / static_cast<double>(x.size()) + eps) : 1;
+  Doubles y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    y[i] = x[i] * scale * (weight.empty() ? 1 : weight[i]) * (gate.empty() ? 1 : Silu(gate[i]));
+  }
+  return y;
+}
+
+// `x` holds the bias already.
+inline double LogSigmoidGate(double x, double normalizer, const float* clamp_min) {
+  const double gate = (std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x)))) / normalizer;
+  return clamp_min == nullptr ? gate : std::max<double>(gate, *clamp_min);
+}
+
+// Causal depthwise convolution of one sequence: inputs [W - 1 + len, C], those of the state first.
+inline Doubles ShortConv(const Doubles& inputs, const std::vector<float>& weight,
+                         const std::vector<float>& bias, int channels, int width, bool silu) {
+  Doubles y;
+  for (size_t t = 0; (t + width) * channels <= inputs.size(); ++t) {
+    for (int c = 0; c < channels; ++c) {
+      double sum = bias.empty() ? 0 : bias[c];
+      for (int w = 0; w < width; ++w) sum += weight[c * width + w] * inputs[(t + w) * channels + c];
+      y.push_back(silu ? Silu(sum) : sum);
+    }
+  }
+  return y;
+}
+
 // One head of a feature map.
 inline Doubles Map(FeatureMap map, const Doubles& x, const Doubles& x2, bool normalize) {
   const size_t n = x.size();
