@@ -4,15 +4,31 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <type_traits>
 
 namespace gla {
 namespace {
 
-bool ParseInteger(const std::string& text, int64_t* value) {
+// False when `text` is no integer, or none of type T.
+template <typename T>
+bool ParseInteger(const std::string& text, T* value) {
   char* end = nullptr;
   errno = 0;
-  *value = std::strtoll(text.c_str(), &end, 10);
+  if constexpr (std::is_unsigned_v<T>) {
+    *value = std::strtoull(text.c_str(), &end, 10);
+    if (text.find('-') != std::string::npos) return false;  // strtoull would turn it over
+  } else {
+    const long long parsed = std::strtoll(text.c_str(), &end, 10);
+    *value = static_cast<T>(parsed);
+    if (*value != parsed) return false;
+  }
   return !text.empty() && *end == '\0' && errno == 0;
+}
+
+template <typename T>
+std::string Integer() {
+  using Limits = std::numeric_limits<T>;
+  return "an integer in " + std::to_string(Limits::min()) + " .. " + std::to_string(Limits::max());
 }
 
 bool ParseNumber(const std::string& text, double* value) {
@@ -24,44 +40,56 @@ bool ParseNumber(const std::string& text, double* value) {
 }  // namespace
 
 void Args::Add(const std::string& name, bool* value, const std::string& help) {
-  flags_.push_back({name, "", help, [value](const std::string&) { return *value = true; }});
+  flags_.push_back({name, "", "", help, [value](const std::string&) { return *value = true; }});
 }
 void Args::Add(const std::string& name, std::string* value, const std::string& help) {
-  flags_.push_back({name, "TEXT", help, [value](const std::string& text) {
+  flags_.push_back({name, "TEXT", "", help, [value](const std::string& text) {
                       *value = text;
                       return true;
                     }});
 }
 void Args::Add(const std::string& name, std::optional<std::string>* value,
                const std::string& help) {
-  flags_.push_back({name, "TEXT", help, [value](const std::string& text) {
+  flags_.push_back({name, "TEXT", "", help, [value](const std::string& text) {
                       *value = text;
                       return true;
                     }});
 }
 void Args::Add(const std::string& name, int64_t* value, const std::string& help) {
-  flags_.push_back({name, "INTEGER", help,
+  flags_.push_back({name, "INTEGER", Integer<int64_t>(), help,
                     [value](const std::string& text) { return ParseInteger(text, value); }});
 }
+void Args::Add(const std::string& name, std::optional<int32_t>* value, const std::string& help) {
+  AddOptionalInteger(name, value, help);
+}
 void Args::Add(const std::string& name, std::optional<int64_t>* value, const std::string& help) {
-  flags_.push_back({name, "INTEGER", help, [value](const std::string& text) {
+  AddOptionalInteger(name, value, help);
+}
+void Args::Add(const std::string& name, std::optional<uint64_t>* value, const std::string& help) {
+  AddOptionalInteger(name, value, help);
+}
+template <typename T>
+void Args::AddOptionalInteger(const std::string& name, std::optional<T>* value,
+                              const std::string& help) {
+  flags_.push_back({name, "INTEGER", Integer<T>(), help, [value](const std::string& text) {
                       return ParseInteger(text, &value->emplace());
                     }});
 }
 void Args::Add(const std::string& name, double* value, const std::string& help) {
-  flags_.push_back({name, "NUMBER", help,
+  flags_.push_back({name, "NUMBER", "a number", help,
                     [value](const std::string& text) { return ParseNumber(text, value); }});
 }
 void Args::Add(const std::string& name, std::optional<double>* value, const std::string& help) {
-  flags_.push_back({name, "NUMBER", help, [value](const std::string& text) {
+  flags_.push_back({name, "NUMBER", "a number", help, [value](const std::string& text) {
                       return ParseNumber(text, &value->emplace());
                     }});
 }
 void Args::Add(const std::string& name, std::vector<std::string>* values, const std::string& help) {
-  flags_.push_back({name, "TEXT", help + " (may be repeated)", [values](const std::string& text) {
-                      values->push_back(text);
-                      return true;
-                    }});
+  flags_.push_back(
+      {name, "TEXT", "", help + " (may be repeated)", [values](const std::string& text) {
+         values->push_back(text);
+         return true;
+       }});
 }
 
 std::string Args::Parse(const std::vector<std::string>& arguments,
@@ -90,8 +118,7 @@ std::string Args::Parse(const std::vector<std::string>& arguments,
       return "--" + name + ": expected a value";
     }
     if (!flag->set(value)) {
-      return "--" + name + ": expected " + (flag->kind == "INTEGER" ? "an integer" : "a number") +
-             ", got \"" + value + "\"";
+      return "--" + name + ": expected " + flag->expected + ", got \"" + value + "\"";
     }
   }
   return "";
@@ -112,12 +139,9 @@ std::optional<std::vector<int32_t>> ParseIds(const std::string& text) {
   size_t begin = 0;
   while (begin <= text.size()) {
     const size_t comma = std::min(text.find(',', begin), text.size());
-    int64_t id = 0;
-    if (!ParseInteger(text.substr(begin, comma - begin), &id) ||
-        id < std::numeric_limits<int32_t>::min() || id > std::numeric_limits<int32_t>::max()) {
-      return std::nullopt;
-    }
-    ids.push_back(static_cast<int32_t>(id));
+    int32_t id = 0;
+    if (!ParseInteger(text.substr(begin, comma - begin), &id)) return std::nullopt;
+    ids.push_back(id);
     begin = comma + 1;
   }
   return ids;

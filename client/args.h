@@ -18,7 +18,9 @@ class Args {
   void Add(const std::string& name, std::string* value, const std::string& help);
   void Add(const std::string& name, std::optional<std::string>* value, const std::string& help);
   void Add(const std::string& name, int64_t* value, const std::string& help);
+  void Add(const std::string& name, std::optional<int32_t>* value, const std::string& help);
   void Add(const std::string& name, std::optional<int64_t>* value, const std::string& help);
+  void Add(const std::string& name, std::optional<uint64_t>* value, const std::string& help);
   void Add(const std::string& name, double* value, const std::string& help);
   void Add(const std::string& name, std::optional<double>* value, const std::string& help);
   void Add(const std::string& name, std::vector<std::string>* values, const std::string& help);
@@ -29,9 +31,14 @@ class Args {
   std::string Help() const;
 
  private:
+  template <typename T>
+  void AddOptionalInteger(const std::string& name, std::optional<T>* value,
+                          const std::string& help);
+
   struct Flag {
     std::string name;
-    std::string kind;  // "", "TEXT", "INTEGER", "NUMBER"
+    std::string kind;      // "", "TEXT", "INTEGER", "NUMBER"
+    std::string expected;  // in words, where a value may be wrong
     std::string help;
     std::function<bool(const std::string&)> set;
   };

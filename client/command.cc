@@ -80,9 +80,11 @@ int ExitCodeOf(const grpc::Status& status) {
   }
 }
 
-void AddCommon(Args* args, Common* common) {
+void AddCommon(Args* args, Common* common, bool with_timeout) {
   args->Add("target", &common->target, "server as HOST:PORT (default 127.0.0.1:8001)");
-  args->Add("timeout", &common->timeout, "seconds after which the request ends; 0: none");
+  if (with_timeout) {
+    args->Add("timeout", &common->timeout, "seconds after which the request ends; 0: none");
+  }
   args->Add("json", &common->json, "print JSON, one object on the last line");
   args->Add("help", &common->help, "this text");
 }

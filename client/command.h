@@ -29,7 +29,7 @@ struct Common {
   bool json = false;
   bool help = false;
 };
-void AddCommon(Args* args, Common* common);
+void AddCommon(Args* args, Common* common, bool with_timeout = true);
 
 // Prints the error (as JSON with --json) and gives the exit code.
 int Report(const grpc::Status& status, const Common& common);

@@ -14,7 +14,8 @@ namespace {
 struct SamplingFlags {
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty,
       frequency_penalty;
-  std::optional<int64_t> top_k, seed;
+  std::optional<int32_t> top_k;
+  std::optional<uint64_t> seed;
   std::vector<std::string> logit_bias;
 
   void AddTo(Args* args) {
@@ -31,7 +32,7 @@ struct SamplingFlags {
 
   std::string Fill(v1::SamplingParams* params) const {
     if (temperature) params->set_temperature(static_cast<float>(*temperature));
-    if (top_k) params->set_top_k(static_cast<int32_t>(*top_k));
+    if (top_k) params->set_top_k(*top_k);
     if (top_p) params->set_top_p(static_cast<float>(*top_p));
     if (min_p) params->set_min_p(static_cast<float>(*min_p));
     if (repetition_penalty) {
@@ -39,7 +40,7 @@ struct SamplingFlags {
     }
     if (presence_penalty) params->set_presence_penalty(static_cast<float>(*presence_penalty));
     if (frequency_penalty) params->set_frequency_penalty(static_cast<float>(*frequency_penalty));
-    if (seed) params->set_seed(static_cast<uint64_t>(*seed));
+    if (seed) params->set_seed(*seed);
     for (const std::string& entry : logit_bias) {
       const size_t equals = entry.find('=');
       const auto ids = ParseIds(entry.substr(0, equals));
@@ -130,7 +131,8 @@ int GenerateCommand(const std::vector<std::string>& arguments) {
   Common common;
   SamplingFlags sampling;
   std::optional<std::string> prompt, prompt_ids, prompt_file;
-  std::optional<int64_t> max_new_tokens, logprobs, expected_position;
+  std::optional<int32_t> max_new_tokens, logprobs;
+  std::optional<int64_t> expected_position;
   std::string session;
   std::vector<std::string> stop;
   std::optional<std::string> stop_token_ids;
@@ -181,8 +183,8 @@ int GenerateCommand(const std::vector<std::string>& arguments) {
   if (std::string error = sampling.Fill(request.mutable_sampling()); !error.empty()) {
     return UsageError(error);
   }
-  if (max_new_tokens) request.set_max_new_tokens(static_cast<int32_t>(*max_new_tokens));
-  if (logprobs) request.set_logprobs(static_cast<int32_t>(*logprobs));
+  if (max_new_tokens) request.set_max_new_tokens(*max_new_tokens);
+  if (logprobs) request.set_logprobs(*logprobs);
   if (expected_position) request.set_expected_position(*expected_position);
   for (const std::string& text : stop) request.add_stop(text);
   request.set_session_id(session);
@@ -220,7 +222,7 @@ int GenerateCommand(const std::vector<std::string>& arguments) {
 int ChatCommand(const std::vector<std::string>& arguments) {
   Common common;
   SamplingFlags sampling;
-  std::optional<int64_t> max_new_tokens;
+  std::optional<int32_t> max_new_tokens;
   std::string session, form = "{}\n";
   std::vector<std::string> stop;
   Args args;
@@ -230,7 +232,7 @@ int ChatCommand(const std::vector<std::string>& arguments) {
   args.Add("max-new-tokens", &max_new_tokens, "at most so many per turn (default 256)");
   args.Add("stop", &stop, "end a turn before this text");
   sampling.AddTo(&args);
-  AddCommon(&args, &common);
+  AddCommon(&args, &common, /*with_timeout=*/false);
   std::vector<std::string> words;
   if (std::string error = args.Parse(arguments, &words); !error.empty()) return UsageError(error);
   if (common.help) {
@@ -263,7 +265,7 @@ int ChatCommand(const std::vector<std::string>& arguments) {
     if (!std::getline(std::cin, line)) break;
     v1::ConverseTurn turn;
     turn.set_text(std::string(form).replace(hole, 2, line));
-    if (max_new_tokens) turn.set_max_new_tokens(static_cast<int32_t>(*max_new_tokens));
+    if (max_new_tokens) turn.set_max_new_tokens(*max_new_tokens);
     for (const std::string& text : stop) turn.add_stop(text);
     SetInterruptHandler([&] { conversation->CancelTurn(); });
     Answer answer;

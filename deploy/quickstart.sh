@@ -2,8 +2,8 @@
 # From nothing to a streamed reply: installs the packages, builds, serves the bundled model on free
 # ports of 127.0.0.1, streams a continuation, stops the server. Exit 0 when all of it worked.
 #
-# Runs on Debian 12 and Ubuntu 24.04, as root or with sudo; a second run takes seconds. Uses the GPU
-# when there is one and nvcc is found, else the CPU; GLA_BACKEND=cpu|cuda overrides that.
+# Runs on Debian 12 (and, untried, Ubuntu 24.04), as root or with sudo; a second run takes seconds.
+# Uses the GPU when there is one and nvcc is found, else the CPU; GLA_BACKEND=cpu|cuda overrides that.
 set -euo pipefail
 # shellcheck source=deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -466,4 +466,12 @@ struct GatherRowsArgs {
 };
 void GatherRows(Device& device, const GatherRowsArgs& args);
 
+// finite[t] = 1 when every value of row t is finite, else 0.
+struct FiniteRowsArgs {
+  const float* x;   // [rows, D]
+  int32_t* finite;  // [rows]
+  int rows, dim;
+};
+void FiniteRows(Device& device, const FiniteRowsArgs& args);
+
 }  // namespace gla

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CPU image from Dockerfile and runs it as Kubernetes would: another user than root, a
 # read-only root file system, no capabilities, no network but its own loopback. It must become ready,
-# answer its health check and a request, say it is not ready on SIGTERM, and exit 0.
+# answer its health check and a request, and exit 0 on SIGTERM.
 #
 # Needs root on Debian or Ubuntu, no container engine and no registry: the base image is made here
 # by mmdebstrap, buildah builds with chroot isolation, podman runs with runc. About 5 minutes the

@@ -5,7 +5,7 @@
 #   tests/run.sh --sanitizers  also the address and thread sanitizer builds, about as long again each
 #   tests/run.sh --image       also builds and runs the container image (tests/image_test.sh)
 #
-# Runs on Debian 12 and Ubuntu 24.04, as root or with sudo. tests/run_cuda.sh is for a GPU.
+# Runs on Debian 12 (and, untried, Ubuntu 24.04), as root or with sudo. tests/run_cuda.sh is for a GPU.
 set -euo pipefail
 # shellcheck source=deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
@@ -91,6 +91,15 @@ sanitize() {
   done
 }
 
+# sanitize_server PRESET TEST...: end-to-end tests on the server of that build, with the release client.
+sanitize_server() {
+  local preset=$1
+  shift
+  step "build $preset server" build "$preset" gla-server-cpu || return 1
+  GLA_SERVER=$ROOT/build/$preset/bin/gla-server-cpu GLA_CHURN_STREAMS=10000 step "$preset server" \
+    "$VENV/bin/python" -m pytest -q -p no:cacheprovider "$@" --junitxml="$RESULTS/$preset-e2e.xml" || true
+}
+
 printf '%sgla-server tests%s\n' "$BOLD" "$PLAIN"
 need "packages" install_packages "${BUILD_PACKAGES[@]}"
 need "python environment" make_venv
@@ -103,8 +112,11 @@ script "clang-format" check_format
 script "shellcheck" check_scripts
 if [[ -n $SANITIZERS ]]; then
   sanitizer_options
-  sanitize asan kernels model engine service || echo "failed build asan" >>"$RESULTS/scripts.txt"
-  sanitize tsan engine service || echo "failed build tsan" >>"$RESULTS/scripts.txt"
+  e2e=(tests/e2e/{churn,session,independence}_test.py)
+  { sanitize asan kernels model engine service && sanitize_server asan "${e2e[@]}"; } ||
+    echo "failed build asan" >>"$RESULTS/scripts.txt"
+  { sanitize tsan engine service && sanitize_server tsan "${e2e[@]}"; } ||
+    echo "failed build tsan" >>"$RESULTS/scripts.txt"
 fi
 if [[ -n $IMAGE ]]; then
   script "image" tests/image_test.sh

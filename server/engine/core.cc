@@ -95,8 +95,10 @@ absl::StatusOr<std::unique_ptr<Engine::Core>> Engine::Core::Create(Device& devic
                                                                    const EngineOptions& options) {
   GLA_RETURN_IF_ERROR(CheckOptions(options, model));
   GLA_ASSIGN_OR_RETURN(auto sampler,
-                       Sampler::Create(device, options.max_num_seqs, model.options().max_logit_rows,
-                                       model.config().vocab_size));
+                       Sampler::Create(device, {.max_jobs = options.max_num_seqs,
+                                                .max_logit_rows = model.options().max_logit_rows,
+                                                .max_step_rows = options.max_num_batched_tokens,
+                                                .vocab = model.config().vocab_size}));
   GLA_ASSIGN_OR_RETURN(auto pool, StatePool::Create(device, options.num_slots, model.state_bytes(),
                                                     options.poison_freed_slots));
   metrics.slots_total.Set(static_cast<double>(pool->num_slots()));
@@ -132,7 +134,8 @@ void Engine::Core::Run() {
   thread_id_ = std::this_thread::get_id();
   while (TakeInbox()) {
     const Step step = scheduler_.Plan();
-    Deliver(step, model_.Forward(step.plan, pool_->states()));
+    int32_t* const finite = step.judges_rows() ? sampler_->finite() : nullptr;
+    Deliver(step, model_.Forward(step.plan, pool_->states(), finite));
   }
 }
 
@@ -187,15 +190,23 @@ double Engine::Core::heartbeat_age_seconds() const {
 absl::StatusOr<RequestId> Engine::Core::Submit(GenerateParams params, bool is_score,
                                                TokenSink* sink) {
   const size_t least = is_score ? 2 : 1;
+  const int64_t num_tokens =
+      static_cast<int64_t>(params.prompt.size()) + (params.bos_if_start.has_value() ? 1 : 0);
   if (params.prompt.size() < least) {
     return absl::InvalidArgumentError(
         absl::StrCat("prompt: expected at least ", least, " tokens, got ", params.prompt.size()));
   }
+  if (num_tokens > options_.max_queued_tokens) {  // a retry would not help
+    return WithReason(
+        absl::InvalidArgumentError(absl::StrCat(
+            "prompt: expected at most ", options_.max_queued_tokens,
+            " tokens with its begin token (--max-num-queued-tokens), got ", num_tokens)),
+        "PROMPT_TOO_LONG");
+  }
   auto sequence = std::make_unique<Sequence>(std::move(params), is_score, tokenizer_, sink);
   sequence->arrival = options_.clock();
   sequence->deadline = ToInstant(sequence->params.deadline, sequence->arrival);
-  sequence->queued_tokens = static_cast<int64_t>(sequence->params.prompt.size()) +
-                            (sequence->params.bos_if_start.has_value() ? 1 : 0);
+  sequence->queued_tokens = num_tokens;
   sequence->adjustments.AddPrompt(sequence->params.prompt);
   return inbox_.Submit(std::move(sequence));
 }

@@ -73,12 +73,14 @@ class Engine::Core {
 
   // A step's results.
   SampleResults Judge(const Step& step, const float* logits);
+  // The first of the part's rows that is not finite, or -1.
+  static int64_t FirstNonFinite(const StepPart& part, const SampleResults& results);
   void Advance(const StepPart& part, const SampleResults& results);
   void AdvanceScore(Sequence& sequence, absl::Span<const float> logprobs);
   void AddToken(Sequence& sequence, int32_t token, std::optional<TokenLogprob> logprob);
   // The end that `token` means by itself, whatever the text.
   std::optional<FinishReason> EndBy(const Sequence& sequence, int32_t token) const;
-  void FinishNonFinite(Sequence& sequence, int64_t step, int64_t position);
+  void FinishNonFinite(Sequence& sequence, const std::string& what);
   void CountStep(const Step& step, Instant began);
   void CountToken(Sequence& sequence);
 

@@ -7,6 +7,13 @@
 #include "engine/core.h"
 
 namespace gla {
+namespace {
+
+std::string LogitsAt(int64_t step, int64_t position) {
+  return absl::StrCat("logits at step ", step, " (token position ", position, ")");
+}
+
+}  // namespace
 
 void Engine::Core::Deliver(const Step& step, const float* logits) {
   const Instant began = now_;
@@ -31,11 +38,17 @@ SampleResults Engine::Core::Judge(const Step& step, const float* logits) {
                       .logprobs = sequence.params.logprobs});
     }
   }
-  if (!jobs.empty() || !targets.empty()) return sampler_->Run(logits, jobs, targets);
-  // Nothing to read, but the next step waits all the same: a cancellation must not find a queue of
-  // steps ahead of it.
-  device_.Synchronize();
-  return SampleResults();
+  // There is always something to read, so the next step always waits for this one: a cancellation
+  // must not find a queue of steps ahead of it.
+  return sampler_->Run(logits, jobs, targets, step.judges_rows() ? step.plan.num_rows() : 0);
+}
+
+int64_t Engine::Core::FirstNonFinite(const StepPart& part, const SampleResults& results) {
+  // The last rows of a part have logits, which judge them.
+  for (int i = 0; i < part.num_rows - part.num_logits; ++i) {
+    if (results.finite[static_cast<size_t>(part.first_row + i)] == 0) return i;
+  }
+  return -1;
 }
 
 void Engine::Core::CountStep(const Step& step, Instant began) {
@@ -51,16 +64,19 @@ void Engine::Core::CountStep(const Step& step, Instant began) {
 
 void Engine::Core::Advance(const StepPart& part, const SampleResults& results) {
   Sequence& sequence = *part.sequence;
+  const int64_t start = sequence.position();
   sequence.consumed += part.num_rows;
   const auto first = static_cast<size_t>(part.first_logit);
-  if (sequence.is_score) {
+  if (const int64_t row = FirstNonFinite(part, results); row >= 0) {
+    FinishNonFinite(sequence, absl::StrCat("activations at token position ", start + row));
+  } else if (sequence.is_score) {
     AdvanceScore(sequence, results.logprobs.subspan(first, static_cast<size_t>(part.num_logits)));
   } else if (sequence.end.has_value()) {
     Finish(sequence, *sequence.end, absl::OkStatus());  // its state holds its last token now
   } else if (part.num_logits == 0) {
     sequence.sink->OnPrefill(sequence.consumed, sequence.prompt_rows());
   } else if (results.tokens[first] < 0) {
-    FinishNonFinite(sequence, sequence.num_generated, sequence.position() - 1);
+    FinishNonFinite(sequence, LogitsAt(sequence.num_generated, sequence.position() - 1));
   } else {
     std::optional<TokenLogprob> logprob;
     if (sequence.params.logprobs >= 0) {
@@ -73,7 +89,7 @@ void Engine::Core::Advance(const StepPart& part, const SampleResults& results) {
 void Engine::Core::AdvanceScore(Sequence& sequence, absl::Span<const float> logprobs) {
   for (const float logprob : logprobs) {
     const auto step = static_cast<int64_t>(sequence.score_logprobs.size());
-    if (!std::isfinite(logprob)) return FinishNonFinite(sequence, step, step);
+    if (!std::isfinite(logprob)) return FinishNonFinite(sequence, LogitsAt(step, step));
     sequence.score_logprobs.push_back(logprob);
   }
   if (sequence.is_prefill()) {
@@ -127,11 +143,9 @@ void Engine::Core::CountToken(Sequence& sequence) {
   sequence.last_token_at = now_;
 }
 
-void Engine::Core::FinishNonFinite(Sequence& sequence, int64_t step, int64_t position) {
+void Engine::Core::FinishNonFinite(Sequence& sequence, const std::string& what) {
   metrics_.numeric_guard_trips_total.Increment();
-  Finish(sequence, FinishReason::kError,
-         absl::InternalError(
-             absl::StrCat("non-finite logits at step ", step, " (token position ", position, ")")));
+  Finish(sequence, FinishReason::kError, absl::InternalError(absl::StrCat("non-finite ", what)));
 }
 
 absl::Status Engine::Core::SelfTest() {

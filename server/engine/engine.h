@@ -152,11 +152,12 @@ class Engine {
   void Start();
 
   // From any thread; never blocks for longer than an append. An error means that the sink will
-  // never be called: ResourceExhausted (queue full), Unavailable (draining). Everything else comes
-  // by OnFinish: NotFound (no such session; reason SESSION_EXPIRED if it expired), Aborted (session
-  // busy; stale expected_position), ResourceExhausted, DeadlineExceeded, Cancelled, Internal
-  // (numeric guard). Machine-readable reasons travel as the status payload kReasonUrl. The sink
-  // must stay valid until its OnFinish returns.
+  // never be called: InvalidArgument (a prompt too short, or longer than the whole queue),
+  // ResourceExhausted (queue full), Unavailable (draining). Everything else comes by OnFinish:
+  // NotFound (no such session; reason SESSION_EXPIRED if it expired), Aborted (session busy; stale
+  // expected_position), ResourceExhausted, DeadlineExceeded, Cancelled, Internal (numeric guard).
+  // Machine-readable reasons travel as the status payload kReasonUrl. The sink must stay valid
+  // until its OnFinish returns.
   absl::StatusOr<RequestId> Submit(GenerateParams params, TokenSink* sink);
   absl::StatusOr<RequestId> Submit(ScoreParams params, TokenSink* sink);
   // Idempotent; nothing happens when the request has finished.

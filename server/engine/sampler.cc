@@ -58,66 +58,69 @@ TokenLogprob SampleResults::LogprobOf(int job, int num_top) const {
   return result;
 }
 
-absl::StatusOr<std::unique_ptr<Sampler>> Sampler::Create(Device& device, int max_jobs, int max_rows,
-                                                         int vocab) {
-  std::unique_ptr<Sampler> sampler(new Sampler(device, max_jobs, max_rows, vocab));
+absl::StatusOr<std::unique_ptr<Sampler>> Sampler::Create(Device& device,
+                                                         const SamplerLimits& limits) {
+  std::unique_ptr<Sampler> sampler(new Sampler(device, limits));
   if (sampler->inputs_.ok() && sampler->outputs_.ok() && sampler->scratch_.ok()) return sampler;
-  return absl::ResourceExhaustedError(
-      absl::StrCat("no device memory for sampling ", max_jobs, " rows of ", vocab, " logits"));
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "no device memory for sampling ", limits.max_jobs, " rows of ", limits.vocab, " logits"));
 }
 
-Sampler::Sampler(Device& device, int max_jobs, int max_rows, int vocab)
+Sampler::Sampler(Device& device, const SamplerLimits& limits)
     : device_(device),
-      max_jobs_(max_jobs),
-      vocab_(vocab),
-      max_adjustments_(std::max(kMaxAdjustments, static_cast<size_t>(vocab))),
-      inputs_(device, static_cast<size_t>(max_jobs) * (sizeof(SampleRow) + sizeof(int32_t)) +
+      max_jobs_(limits.max_jobs),
+      vocab_(limits.vocab),
+      max_adjustments_(std::max(kMaxAdjustments, static_cast<size_t>(vocab_))),
+      inputs_(device, static_cast<size_t>(max_jobs_) * (sizeof(SampleRow) + sizeof(int32_t)) +
                           max_adjustments_ * sizeof(TokenAdjustment) + sizeof(int32_t)),
-      outputs_(device,
-               sizeof(int32_t) * 2 *
-                   (static_cast<size_t>(max_rows) + static_cast<size_t>(max_jobs) * kMaxTop)),
-      scratch_(device, sizeof(float) * static_cast<size_t>(max_jobs) * static_cast<size_t>(vocab)) {
-}
+      outputs_(device, sizeof(int32_t) * (static_cast<size_t>(limits.max_step_rows) +
+                                          2 * static_cast<size_t>(limits.max_logit_rows) +
+                                          2 * static_cast<size_t>(max_jobs_) * kMaxTop)),
+      scratch_(device,
+               sizeof(float) * static_cast<size_t>(max_jobs_) * static_cast<size_t>(vocab_)) {}
 
 SampleResults Sampler::Run(const float* logits, absl::Span<const SampleJob> jobs,
-                           absl::Span<const int32_t> targets) {
+                           absl::Span<const int32_t> targets, int num_finite) {
   int top_n = -1;
   for (const SampleJob& job : jobs) top_n = std::max(top_n, job.logprobs);
+  const auto tokens_at = static_cast<size_t>(num_finite);
   const size_t num_jobs = jobs.size(), num_rows = jobs.size() + targets.size();
-  SampleJobs(logits, jobs);
+  int32_t* const tokens = outputs_.as<int32_t>() + tokens_at;
+  SampleJobs(logits, jobs, tokens);
   if (!targets.empty()) {
-    device_.Upload(outputs_.as<int32_t>() + num_jobs, targets.data(),
-                   targets.size() * sizeof(int32_t));
+    device_.Upload(tokens + num_jobs, targets.data(), targets.size() * sizeof(int32_t));
   }
-  MeasureLogprobs(logits, num_jobs, targets.size(), top_n);
+  MeasureLogprobs(logits, tokens, num_jobs, targets.size(), top_n);
 
   // Only what was asked for travels.
   const bool any_logprobs = top_n >= 0 || !targets.empty();
   const size_t num_top = num_jobs * static_cast<size_t>(std::max(top_n, 0));
-  results_.resize(any_logprobs ? 2 * num_rows + 2 * num_top : num_rows);
+  results_.resize(tokens_at + (any_logprobs ? 2 * num_rows + 2 * num_top : num_rows));
   device_.Download(results_.data(), outputs_.data(), results_.size() * sizeof(int32_t));
 
   SampleResults results;
-  results.tokens = absl::MakeConstSpan(results_).subspan(0, num_jobs);
+  results.finite = absl::MakeConstSpan(results_).subspan(0, tokens_at);
+  const absl::Span<const int32_t> sampled = absl::MakeConstSpan(results_).subspan(tokens_at);
+  results.tokens = sampled.subspan(0, num_jobs);
   if (!any_logprobs) return results;
   logprobs_.resize(num_rows);
   top_logprobs_.resize(num_top);
-  std::memcpy(logprobs_.data(), &results_[num_rows], num_rows * sizeof(float));
+  std::memcpy(logprobs_.data(), &sampled[num_rows], num_rows * sizeof(float));
   results.logprobs = logprobs_;
   if (num_top == 0) return results;
-  std::memcpy(top_logprobs_.data(), &results_[2 * num_rows + num_top], num_top * sizeof(float));
+  std::memcpy(top_logprobs_.data(), &sampled[2 * num_rows + num_top], num_top * sizeof(float));
   results.top_n = top_n;
-  results.top_tokens = absl::MakeConstSpan(results_).subspan(2 * num_rows, num_top);
+  results.top_tokens = sampled.subspan(2 * num_rows, num_top);
   results.top_logprobs = top_logprobs_;
   return results;
 }
 
-void Sampler::SampleJobs(const float* logits, absl::Span<const SampleJob> jobs) {
+void Sampler::SampleJobs(const float* logits, absl::Span<const SampleJob> jobs, int32_t* tokens) {
   // Rows are independent, so how they are grouped does not show.
   for (size_t begin = 0; begin < jobs.size();) {
     const size_t end = EndOfGroup(jobs, begin);
     SampleGroup(logits + begin * static_cast<size_t>(vocab_), jobs.subspan(begin, end - begin),
-                outputs_.as<int32_t>() + begin);
+                tokens + begin);
     begin = end;
   }
 }
@@ -167,18 +170,17 @@ void Sampler::SampleGroup(const float* logits, absl::Span<const SampleJob> jobs,
                    .vocab = vocab_});
 }
 
-void Sampler::MeasureLogprobs(const float* logits, size_t num_jobs, size_t num_targets, int top_n) {
+void Sampler::MeasureLogprobs(const float* logits, int32_t* tokens, size_t num_jobs,
+                              size_t num_targets, int top_n) {
   const size_t num_rows = num_jobs + num_targets;
-  auto* tokens = outputs_.as<int32_t>();
-  auto* logprobs = outputs_.as<float>() + num_rows;
+  auto* logprobs = reinterpret_cast<float*>(tokens + num_rows);
   if (top_n >= 0 && num_jobs > 0) {
     const size_t num_top = num_jobs * static_cast<size_t>(top_n);
     Logprobs(device_, {.logits = logits,
                        .targets = tokens,
                        .logprobs = logprobs,
                        .top_tokens = num_top == 0 ? nullptr : tokens + 2 * num_rows,
-                       .top_logprobs =
-                           num_top == 0 ? nullptr : outputs_.as<float>() + 2 * num_rows + num_top,
+                       .top_logprobs = num_top == 0 ? nullptr : logprobs + num_rows + num_top,
                        .num_rows = static_cast<int>(num_jobs),
                        .vocab = vocab_,
                        .top_n = top_n});

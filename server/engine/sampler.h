@@ -1,5 +1,5 @@
-// From rows of logits to tokens and log probabilities, in one upload, at most a few kernels and one
-// download.
+// From a step's rows to tokens, log probabilities and whether they are finite, in one upload, at
+// most a few kernels and one download.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ struct SampleJob {
 
 // Views into the sampler, valid until its next Run.
 struct SampleResults {
+  absl::Span<const int32_t> finite;  // of the step's rows, where it was asked for; 0: not finite
   absl::Span<const int32_t> tokens;  // of the jobs; -1: the row's logits are not finite
   absl::Span<const float> logprobs;  // of the jobs' tokens (0 where no job wants any), then targets
   int top_n = 0;
@@ -54,33 +55,45 @@ struct SampleResults {
   TokenLogprob LogprobOf(int job, int num_top) const;
 };
 
+struct SamplerLimits {
+  int max_jobs;
+  int max_logit_rows;  // jobs and targets
+  int max_step_rows;   // whose `finite` may be asked for
+  int vocab;
+};
+
 class Sampler {
  public:
-  // Room for `max_jobs` jobs and `max_rows` rows in all. ResourceExhausted without device memory.
-  static absl::StatusOr<std::unique_ptr<Sampler>> Create(Device& device, int max_jobs, int max_rows,
-                                                         int vocab);
+  // ResourceExhausted without device memory.
+  static absl::StatusOr<std::unique_ptr<Sampler>> Create(Device& device,
+                                                         const SamplerLimits& limits);
+
+  // Device memory [max_step_rows] for Model::Forward; read by the next Run.
+  int32_t* finite() const { return outputs_.as<int32_t>(); }
 
   // The first rows of `logits` [.., vocab] (device memory) belong to `jobs`, the next ones are
-  // judged by `targets`. Waits for the device.
+  // judged by `targets`. `num_finite` rows were written to finite(). Waits for the device.
   SampleResults Run(const float* logits, absl::Span<const SampleJob> jobs,
-                    absl::Span<const int32_t> targets);
+                    absl::Span<const int32_t> targets, int num_finite = 0);
 
  private:
-  Sampler(Device& device, int max_jobs, int max_rows, int vocab);
+  Sampler(Device& device, const SamplerLimits& limits);
 
-  void SampleJobs(const float* logits, absl::Span<const SampleJob> jobs);
+  void SampleJobs(const float* logits, absl::Span<const SampleJob> jobs, int32_t* tokens);
   // Jobs [begin, the result) fit into one call.
   size_t EndOfGroup(absl::Span<const SampleJob> jobs, size_t begin) const;
   void SampleGroup(const float* logits, absl::Span<const SampleJob> jobs, int32_t* tokens);
-  // Of the jobs' tokens when top_n >= 0, and of the targets.
-  void MeasureLogprobs(const float* logits, size_t num_jobs, size_t num_targets, int top_n);
+  // Of the jobs' tokens when top_n >= 0, and of the targets; `tokens` as in outputs_.
+  void MeasureLogprobs(const float* logits, int32_t* tokens, size_t num_jobs, size_t num_targets,
+                       int top_n);
 
   Device& device_;
   const int max_jobs_;
   const int vocab_;
   const size_t max_adjustments_;  // of one call; any one job fits
   DeviceBuffer inputs_;           // of one call: rows, adjustments, offsets
-  DeviceBuffer outputs_;  // tokens [rows], logprobs [rows], top tokens and logprobs [jobs, top_n]
+  // finite [step rows], tokens [rows], logprobs [rows], top tokens and logprobs [jobs, top_n]
+  DeviceBuffer outputs_;
   DeviceBuffer scratch_;  // [max_jobs, vocab]
   std::vector<uint8_t> upload_;
   std::vector<int32_t> results_;  // as in outputs_

@@ -27,7 +27,7 @@ void AddLogitRows(int first_row, int count, StepPlan& plan) {
 void AddPart(Sequence& sequence, int num_rows, Step& step) {
   StepPlan& plan = step.plan;
   const int first_row = plan.num_rows();
-  StepPart part = {&sequence, num_rows, plan.num_logit_rows(), 0};
+  StepPart part = {&sequence, first_row, num_rows, plan.num_logit_rows(), 0};
   if (sequence.is_prefill()) {
     const auto begin = sequence.params.prompt.begin() + sequence.consumed;
     plan.tokens.insert(plan.tokens.end(), begin, begin + num_rows);

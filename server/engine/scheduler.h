@@ -29,6 +29,7 @@ struct SchedulerOptions {
 // The rows of one sequence in a step.
 struct StepPart {
   Sequence* sequence;
+  int first_row;  // among the plan's rows
   int num_rows;
   int first_logit;  // among the plan's logit rows
   int num_logits;
@@ -40,6 +41,9 @@ struct Step {
   int num_samples = 0;          // the first logit rows belong to generations, the rest to scorings
   int num_prompt_rows = 0;
   int num_score_rows = 0;
+
+  // Rows without logits have to be judged by themselves: is what came out of them finite?
+  bool judges_rows() const { return plan.num_logit_rows() < plan.num_rows(); }
 };
 
 class Scheduler {

@@ -115,7 +115,7 @@ absl::Status Model::Impl::Allocate() {
                                                    device.memory_free(), " bytes are free"));
 }
 
-const float* Model::Impl::Forward(const StepPlan& plan, float* states) {
+const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* finite) {
   const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   if (rows > options.max_rows || plan.num_seqs() > options.max_seqs ||
       logit_rows > options.max_logit_rows) {
@@ -138,6 +138,12 @@ const float* Model::Impl::Forward(const StepPlan& plan, float* states) {
   for (int layer = 0; layer < config.num_layers; ++layer) {
     Attention(layer, rows, states);
     Mlp(weights.layers[layer], rows);
+  }
+  if (finite != nullptr) {
+    FiniteRows(device, {.x = static_cast<const float*>(residual.data),
+                        .finite = finite,
+                        .rows = rows,
+                        .dim = config.hidden_size});
   }
   // Only the rows whose logits are wanted pay for the vocabulary.
   GatherRows(device, {.x = static_cast<const float*>(residual.data),
@@ -190,8 +196,8 @@ int64_t Model::embedding_bytes() const {
   return static_cast<int64_t>(impl_->weights.embeddings.bytes());
 }
 
-const float* Model::Forward(const StepPlan& plan, float* states) {
-  return impl_->Forward(plan, states);
+const float* Model::Forward(const StepPlan& plan, float* states, int32_t* finite) {
+  return impl_->Forward(plan, states, finite);
 }
 
 }  // namespace gla

@@ -55,8 +55,11 @@ class Model {
 
   // Runs the plan over the state slots at `states` (device memory; slot s at s * state_floats())
   // and returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued,
-  // not waited for. REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
-  const float* Forward(const StepPlan& plan, float* states);
+  // not waited for. `finite` (device memory [T], or null) receives for each row 1 when what the
+  // layers made of it is finite, else 0. A state with a value that is not finite makes every later
+  // row of its sequence so: rows that are finite mean a sound state.
+  // REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
+  const float* Forward(const StepPlan& plan, float* states, int32_t* finite = nullptr);
 
  private:
   struct Impl;

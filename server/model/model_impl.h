@@ -39,7 +39,7 @@ struct Model::Impl {
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
 
-  const float* Forward(const StepPlan& plan, float* states);
+  const float* Forward(const StepPlan& plan, float* states, int32_t* finite);
   void Attention(int layer, int rows, float* states);
   void Mlp(const LayerWeights& w, int rows);
   void Norm(const DeviceBuffer& weight, Rows x, Rows y, int rows);

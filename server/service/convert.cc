@@ -5,6 +5,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "base/status_macros.h"
 #include "service/status.h"
 
@@ -92,7 +93,7 @@ absl::StatusOr<std::vector<int32_t>> EncodeText(const std::string& text, bool ad
   absl::StatusOr<std::vector<int32_t>> ids = serving.tokenizer.Encode(text, add_special);
   if (ids.ok()) return ids;
   if (!absl::IsInvalidArgument(ids.status())) return ids.status();
-  return FieldError("text", std::string(ids.status().message()));
+  return FieldError("text", std::string(absl::StripPrefix(ids.status().message(), "text: ")));
 }
 
 absl::StatusOr<std::vector<int32_t>> CheckedIds(const v1::TokenIds& ids, const Serving& serving) {

@@ -46,7 +46,7 @@ void GenerateReactor::OnPrefill(int64_t done, int64_t total) {
     has_pending_ = true;
     next = PickNext();
   }
-  Do(next);
+  if (next != Next::kNothing) Do(next);  // else the reactor may be gone already
 }
 
 void GenerateReactor::OnToken(const TokenEvent& event) {
@@ -58,7 +58,7 @@ void GenerateReactor::OnToken(const TokenEvent& event) {
     has_pending_ = true;
     next = PickNext();
   }
-  Do(next);
+  if (next != Next::kNothing) Do(next);  // else the reactor may be gone already
 }
 
 void GenerateReactor::OnFinish(const FinishEvent& event) {
@@ -73,7 +73,7 @@ void GenerateReactor::OnFinish(const FinishEvent& event) {
     ended_ = true;
     next = PickNext();
   }
-  Do(next);
+  if (next != Next::kNothing) Do(next);  // else the reactor may be gone already
 }
 
 void GenerateReactor::OnWriteDone(bool ok) {
@@ -85,7 +85,7 @@ void GenerateReactor::OnWriteDone(bool ok) {
     broken_ = broken_ || !ok;
     next = PickNext();
   }
-  Do(next);
+  if (next != Next::kNothing) Do(next);  // else the reactor may be gone already
 }
 
 void GenerateReactor::OnCancel() {
@@ -116,7 +116,6 @@ GenerateReactor::Next GenerateReactor::PickNext() {
 }
 
 void GenerateReactor::Do(Next next) {
-  if (next == Next::kNothing) return;  // the reactor may be gone already
   HandToGrpc(this);
   switch (next) {
     case Next::kNothing:

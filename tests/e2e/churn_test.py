@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 
-from harness import BIN, Server
+from harness import BIN, SANITIZED, Server
 
 STREAMS = int(os.environ.get("GLA_CHURN_STREAMS", 20000))
 
@@ -30,7 +30,7 @@ def test_short_streams_leave_the_process_as_it_was():
         print(f"{STREAMS} streams: RSS {before[0]} -> {after[0]} KiB, descriptors {before[1]} -> "
               f"{after[1]}, threads {before[2]} -> {after[2]}, "
               f"{done['requests_per_second']:.0f} streams/s")
-        assert after[0] - before[0] <= 2048, (before, after)
+        assert SANITIZED or after[0] - before[0] <= 2048, (before, after)
         assert after[1] <= before[1] + 2 and after[2] <= before[2] + 2, (before, after)
         assert server.metric("gla_requests_total", method="Generate", code="OK") == STREAMS
         assert server.metric("gla_generated_tokens_total") == 2 * STREAMS

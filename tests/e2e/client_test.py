@@ -38,6 +38,9 @@ def test_generate(server):
     sampled = [gla_json(server, "generate", "--prompt", "ROMEO:", "--seed", seed)["token_ids"]
                for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    for largest in (2**63, 2**64 - 1):  # every seed that the server may draw can be asked for again
+        answer = gla_json(server, "generate", "--prompt", "ROMEO:", "--seed", largest)
+        assert answer["seed"] == largest
     stopped = gla_json(server, "generate", "--prompt", "In the beginning God", "--temperature", 0,
                        "--stop", "Israel", "--logprobs", 2)
     assert stopped["finish_reason"] == "STOP_SEQUENCE" and "Israel" not in stopped["text"]
@@ -77,7 +80,9 @@ def test_chat(server):
     (["generate", "--prompt", "a", "--max-new-tokens", "0"], 4),
     (["generate", "--prompt", "a", "--session", "nobody"], 4),
     (["generate", "--prompt", "a", "--max-new-tokens", "8000", "--ignore-eos", "--timeout", "0.1"], 5),
-    (["score", "--ids", "1"], 4), (["sessions", "rename", "x"], 2), (["frobnicate"], 2),
+    (["generate", "--prompt", "a", "--max-new-tokens", str(2**32 + 1)], 2),
+    (["generate", "--prompt", "a", "--seed", "-1"], 2), (["generate", "--prompt-ids", str(2**32)], 2),
+    (["chat", "--timeout", "1"], 2), (["score", "--ids", "1"], 4), (["sessions", "rename", "x"], 2), (["frobnicate"], 2),
 ])
 def test_exit_codes(server, arguments, code):
     result = gla(server, *arguments, code=code)

@@ -1,7 +1,8 @@
 """Starts real servers on real sockets for the end-to-end tests.
 
 GLA_BIN names the folder of the binaries (default build/release/bin), GLA_BACKEND the backend
-(default cpu). Every server listens on ports of its own on 127.0.0.1 and is stopped by its test.
+(default cpu), GLA_SERVER another server than the one there, for instance one built with a sanitizer.
+Every server listens on ports of its own on 127.0.0.1 and is stopped by its test.
 """
 
 import json
@@ -22,7 +23,9 @@ import urllib.request
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("GLA_BIN", ROOT / "build/release/bin"))
 BACKEND = os.environ.get("GLA_BACKEND", "cpu")
-SERVER = BIN / f"gla-server-{BACKEND}"
+SERVER = pathlib.Path(os.environ.get("GLA_SERVER", BIN / f"gla-server-{BACKEND}"))
+# A sanitizer's own memory grows with what it has seen.
+SANITIZED = any(mark in SERVER.read_bytes() for mark in (b"__tsan_init", b"__asan_init"))
 CLIENT = BIN / "gla"
 BARD = ROOT / "deploy/models/bard-6m"
 

@@ -26,10 +26,10 @@ def is_invalid(server, message, *fragments):
 TRIGGER = 777
 
 
-@pytest.fixture(scope="module")
-def overflowing(tmp_path_factory):
-    """bard-6m with one token, TRIGGER, whose logits overflow, and with every other one as before but for
-    a hidden dimension that is silenced."""
+@pytest.fixture(scope="module", params=["logits", "state"])
+def overflowing(request, tmp_path_factory):
+    """bard-6m with one token, TRIGGER, whose logits or whose state overflow, and with every other one as
+    before but for a hidden dimension that is silenced."""
     folder = copy_model(tmp_path_factory.mktemp("overflow") / "model")
     path = folder / "model.safetensors"
     header, data = read_safetensors(path)
@@ -45,9 +45,11 @@ def overflowing(tmp_path_factory):
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             for column in range(entry["shape"][1]):
                 put(name, 0, column, 0.0)
-    put("lm_head.weight", 5, 0, 3e38)
+    put("lm_head.weight" if request.param == "logits" else "model.layers.1.attn.k_proj.weight",
+        5, 0, 3e38)
     write_safetensors(path, header, data)
     with Server(model=folder) as running:
+        running.overflowing = request.param
         yield running
 
 
@@ -71,6 +73,25 @@ def test_8_non_finite_logits_end_one_stream_and_roll_its_session_back(overflowin
     after = [generate(server, [50, 60], session_id=name, max_new_tokens=8, ignore_eos=True).token_ids
              for name in ("s", "twin")]
     assert after[0] == after[1]
+
+
+def test_8_a_row_without_logits_never_ruins_a_session(overflowing):
+    """Inside a prompt, and as the last token that a session takes in."""
+    server, ruined = overflowing, overflowing.overflowing == "state"
+    last = dict(sampling=dict(temperature=0, logit_bias={TRIGGER: 100}), max_new_tokens=1)
+    for fields in (dict(prompt=[10, TRIGGER] + [20] * 600, max_new_tokens=2), dict(prompt=[10], **last)):
+        server.sessions.CreateSession(spb.CreateSessionRequest(session_id="kept"))
+        position = generate(server, [1, 100], session_id="kept", max_new_tokens=2,
+                            ignore_eos=True).finish.session_position
+        if ruined:
+            error = refused(lambda: server.inference.Generate(request(session_id="kept", **fields)))
+            assert error.code() == grpc.StatusCode.INTERNAL
+            assert "non-finite activations at token position" in error.details()
+        else:
+            position = generate(server, session_id="kept", **fields).finish.session_position
+        generate(server, [50, 60], session_id="kept", max_new_tokens=8, ignore_eos=True,
+                 expected_position=position)
+        server.sessions.DeleteSession(spb.DeleteSessionRequest(session_id="kept"))
 
 
 # 9 --------------------------------------------------------------------------------------------------
@@ -121,8 +142,8 @@ def test_11_prompts(server):
     is_invalid(server, request([5, -7]), "-7")
     is_invalid(server, request([5] * 32769), "32769", "32768")
     is_invalid(server, request(b"a" * ((1 << 20) + 1)), "1048577", "1048576")
-    # counted when the call is over, which may be after its answer
-    wait_for(lambda: server.metric("gla_rejections_total") == before + 6, 5, "counted rejections")
+    # counted when the call is over, which may be after its answer: those of earlier tests, too
+    wait_for(lambda: server.metric("gla_rejections_total") >= before + 6, 5, "counted rejections")
 
 
 def test_11_unknown_model(server):

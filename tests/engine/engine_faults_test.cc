@@ -1,4 +1,4 @@
-// Non-finite logits and reused memory: one request pays, nobody else notices.
+// Non-finite logits and states and reused memory: one request pays, nobody else notices.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -57,9 +57,12 @@ class Tensors {
   size_t data_ = 0;
 };
 
-// bard-6m with one hidden dimension that only the token kTrigger sets, and a huge weight on it: the
-// logits after kTrigger overflow.
-void WriteOverflowingModel(const testing::ModelFolder& folder) {
+// bard-6m with one hidden dimension that only the token kTrigger sets, and a huge weight on it:
+// what overflows at kTrigger are its logits, and no state, or the second layer's keys, and so its
+// state.
+enum class Overflow { kLogits, kState };
+
+void WriteOverflowingModel(const testing::ModelFolder& folder, Overflow overflow) {
   Tensors tensors(ReadFile(kBardFolder + "/model.safetensors"));
   for (size_t token = 0; token < 2048; ++token) {
     tensors.Put("model.embeddings.weight", token, 0, token == kTrigger ? 1e4f : 0.0f);
@@ -69,23 +72,57 @@ void WriteOverflowingModel(const testing::ModelFolder& folder) {
       for (size_t i = 0; i < tensors.Columns(name); ++i) tensors.Put(name, 0, i, 0);
     }
   }
-  tensors.Put("lm_head.weight", 5, 0, 3e38f);
+  if (overflow == Overflow::kLogits) {
+    tensors.Put("lm_head.weight", 5, 0, 3e38f);
+  } else {
+    tensors.Put("model.layers.1.attn.k_proj.weight", 3, 0, 3e38f);
+  }
   folder.Write("model.safetensors", tensors.file());
   folder.Write("config.json", ReadFile(kBardFolder + "/config.json"));
 }
 
+template <Overflow overflow>
+EngineSetup Overflowing() {
+  static const testing::ModelFolder folder;
+  static const bool written = (WriteOverflowingModel(folder, overflow), true);
+  EngineSetup setup;
+  if (written) setup.model_folder = folder.path();
+  return setup;
+}
+
 class NumericGuardTest : public ::testing::Test {
  protected:
-  static EngineSetup Overflowing() {
-    static const testing::ModelFolder folder;
-    static const bool written = (WriteOverflowingModel(folder), true);
-    EngineSetup setup;
-    if (written) setup.model_folder = folder.path();
-    return setup;
-  }
   double trips() { return engine_.metrics().numeric_guard_trips_total.Value(); }
 
-  TestEngine engine_{Overflowing()};
+  TestEngine engine_{Overflowing<Overflow::kLogits>()};
+};
+
+// Rows without logits: those inside a prompt, and the one in which a session takes its last token.
+class StateGuardTest : public ::testing::Test {
+ protected:
+  StateGuardTest() {
+    for (const char* id : {"s", "twin"}) {
+      EXPECT_TRUE(engine_.Create(id).ok());
+      engine_.Run(Sampled(Tokens(5), 6, 1, id));
+    }
+    before_ = engine_.Find("s")->position;
+  }
+  // `outcome` is of a request on "s", which must be as it was before.
+  void ExpectRolledBack(const Outcome& outcome, const std::string& message) {
+    EXPECT_EQ(outcome.finish.status.code(), absl::StatusCode::kInternal);
+    EXPECT_EQ(std::string(outcome.finish.status.message()), message);
+    EXPECT_EQ(outcome.finish.reason, FinishReason::kError);
+    EXPECT_EQ(outcome.finish.session_position, before_);
+    EXPECT_EQ(engine_.metrics().numeric_guard_trips_total.Value(), 1);
+    EXPECT_EQ(engine_.Find("s")->position, before_);
+    const Outcome after = engine_.Run(Sampled({50, 60}, 8, 3, "s"));
+    EXPECT_TRUE(after.finish.status.ok()) << after.finish.status;
+    EXPECT_EQ(after.tokens, engine_.Run(Sampled({50, 60}, 8, 3, "twin")).tokens);
+    EXPECT_TRUE(engine_.IsIdle(2));
+  }
+
+  TestEngine engine_{Overflowing<Overflow::kState>()};
+  int64_t before_ = 0;
 };
 
 TEST_F(NumericGuardTest, RollsTheSessionBackAndLeavesNeighboursUntouched) {
@@ -139,6 +176,63 @@ TEST_F(NumericGuardTest, EndsAScoring) {
   EXPECT_EQ(trips(), 1);
   // As a target only, it is never run.
   EXPECT_TRUE(engine_.Score({5, 6, kTrigger}).finish.status.ok());
+}
+
+TEST_F(NumericGuardTest, LeavesASessionWhoseStateIsSound) {
+  ASSERT_TRUE(engine_.Create("s").ok());
+  GenerateParams params = Greedy(Tokens(5), 1, "s");
+  params.sampling.logit_bias = {{kTrigger, 100.0f}};
+  EXPECT_TRUE(engine_.Run(params).finish.status.ok());  // nobody asked what comes after kTrigger
+  EXPECT_EQ(engine_.Find("s")->position, 6);
+  EXPECT_TRUE(engine_.Run(Greedy({50, 60}, 3, "s")).finish.status.ok());
+  EXPECT_EQ(trips(), 0);
+}
+
+TEST_F(StateGuardTest, ARowInsideAPromptChunk) {
+  const std::vector<int32_t> alone = engine_.Run(Sampled(Tokens(9), 80, 2)).tokens;
+  RecordingSink neighbour, faulty;
+  std::vector<int32_t> prompt = Tokens(100);  // four chunks; kTrigger is in the second one
+  prompt[40] = kTrigger;
+  neighbour.on_token = [&](int count) {
+    if (count == 10) {
+      EXPECT_TRUE(engine_->Submit(Greedy(prompt, 4, "s"), &faulty).ok());
+    }
+  };
+  ASSERT_TRUE(engine_->Submit(Sampled(Tokens(9), 80, 2), &neighbour).ok());
+  const Outcome outcome = faulty.Get();
+  EXPECT_EQ(neighbour.Get().tokens, alone);
+  EXPECT_EQ(outcome.prefill, std::vector<int64_t>{32});
+  ExpectRolledBack(outcome,
+                   absl::StrCat("non-finite activations at token position ", before_ + 40));
+}
+
+TEST_F(StateGuardTest, TheRowInWhichASessionTakesItsLastToken) {
+  GenerateParams params = Greedy({10, 20}, 1, "s");
+  params.sampling.logit_bias = {{kTrigger, 100.0f}};
+  const Outcome outcome = engine_.Run(params);
+  EXPECT_EQ(outcome.tokens, std::vector<int32_t>{kTrigger});
+  ExpectRolledBack(outcome, absl::StrCat("non-finite activations at token position ", before_ + 2));
+}
+
+TEST_F(StateGuardTest, ARowWithLogits) {
+  ExpectRolledBack(engine_.Run(Greedy({10, kTrigger}, 4, "s")),
+                   absl::StrCat("non-finite logits at step 0 (token position ", before_ + 1, ")"));
+}
+
+TEST(StateGuard, ChunkwiseToo) {
+  EngineSetup setup = Overflowing<Overflow::kState>();
+  setup.prefill_form = PrefillForm::kChunkwise;
+  setup.engine.max_num_batched_tokens = 256;
+  setup.engine.max_prefill_chunk = 128;
+  TestEngine engine(setup);
+  ASSERT_TRUE(engine.Create("s").ok());
+  std::vector<int32_t> prompt = Tokens(300);
+  prompt[70] = kTrigger;
+  const Outcome outcome = engine.Run(Greedy(prompt, 4, "s"));
+  EXPECT_EQ(outcome.finish.status.code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(outcome.prefill.empty());
+  EXPECT_EQ(engine.Find("s")->position, 0);
+  EXPECT_TRUE(engine.Run(Greedy({50, 60}, 3, "s")).finish.status.ok());
 }
 
 TEST(SlotReuse, ShowsNothingOfTheFormerOwner) {

@@ -595,6 +595,23 @@ TEST(Engine, TheQueueIsBoundedByRequestsAndTokens) {
   EXPECT_EQ(engine.metrics().Rejected("tokens_full").Value(), 1);
 }
 
+TEST(Engine, APromptLongerThanTheWholeQueueIsNoMatterOfWaiting) {
+  EngineSetup setup;
+  setup.engine.max_queued_tokens = 100;
+  TestEngine engine(setup);
+  GenerateParams params = Greedy(Tokens(100), 2);
+  EXPECT_TRUE(engine.Run(params).finish.status.ok());
+  params.bos_if_start = 1;  // one token more
+  for (const Outcome& refused : {engine.Run(params), engine.Score(Tokens(101))}) {
+    EXPECT_EQ(refused.finish.status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(Message(refused), HasSubstr("at most 100 tokens"));
+    EXPECT_THAT(Message(refused), HasSubstr("--max-num-queued-tokens"));
+    EXPECT_EQ(ReasonOf(refused.finish.status), "PROMPT_TOO_LONG");
+    EXPECT_EQ(RetryMsOf(refused.finish.status), -1);
+  }
+  EXPECT_TRUE(engine.IsIdle());
+}
+
 TEST(Engine, DrainFinishesWhatRunsAndWaitsAndRefusesWhatIsNew) {
   EngineSetup setup;
   setup.engine.max_num_seqs = 1;

@@ -13,6 +13,7 @@ namespace gla {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::ElementsAreArray;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 
@@ -68,7 +69,9 @@ class SamplerTest : public ::testing::Test {
   }
   void Upload() { device_->Upload(logits_.data(), host_.data(), host_.size() * sizeof(float)); }
   std::unique_ptr<Sampler> Make(int max_jobs) {
-    return ValueOrDie(Sampler::Create(*device_, max_jobs, kRows, kVocab));
+    return ValueOrDie(Sampler::Create(
+        *device_,
+        {.max_jobs = max_jobs, .max_logit_rows = kRows, .max_step_rows = 8, .vocab = kVocab}));
   }
   const float* logits(int row) { return logits_.as<float>() + int64_t{row} * kVocab; }
   float Logprob(int row, int32_t token) {
@@ -125,6 +128,29 @@ TEST_F(SamplerTest, ANonFiniteRowIsMinusOneAndLeavesItsNeighboursAlone) {
   host_[1 * kVocab + 5] = std::numeric_limits<float>::infinity();
   Upload();
   EXPECT_THAT(sampler->Run(logits(0), jobs, {}).tokens, ElementsAre(tokens[0], -1, tokens[2]));
+}
+
+TEST_F(SamplerTest, WhatTheModelSaidOfItsRowsTravelsAlong) {
+  const auto sampler = Make(4);
+  const std::vector<int32_t> finite = {1, 0, 1, 1, 0};
+  std::vector<SampleJob> jobs(2);
+  jobs[1].logprobs = 2;
+  const auto set = [&] {
+    device_->Upload(sampler->finite(), finite.data(), finite.size() * sizeof(int32_t));
+  };
+  const SampleResults alone = sampler->Run(logits(0), jobs, {7});
+  const std::vector<int32_t> tokens(alone.tokens.begin(), alone.tokens.end());
+  const std::vector<float> logprobs(alone.logprobs.begin(), alone.logprobs.end());
+  const auto top = alone.LogprobOf(1, 2).top;
+  EXPECT_THAT(alone.finite, IsEmpty());
+  set();
+  const SampleResults beside = sampler->Run(logits(0), jobs, {7}, 5);
+  EXPECT_THAT(beside.finite, ElementsAreArray(finite));
+  EXPECT_THAT(beside.tokens, ElementsAreArray(tokens));
+  EXPECT_THAT(beside.logprobs, ElementsAreArray(logprobs));
+  EXPECT_EQ(beside.LogprobOf(1, 2).top, top);
+  set();
+  EXPECT_THAT(sampler->Run(logits(0), {}, {}, 5).finite, ElementsAreArray(finite));
 }
 
 TEST_F(SamplerTest, MoreAdjustmentsThanFitIntoOneCallChangeNothing) {

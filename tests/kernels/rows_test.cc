@@ -51,6 +51,25 @@ TEST(GatherRows, PicksRows) {
   EXPECT_TRUE(IsSameBits(Download<float>(y, want.size()), want));
 }
 
+TEST(FiniteRows, OneValueDecidesAboutItsRowAlone) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const int dim : {1, 33, 256, 1000}) {
+    const int rows = 70;
+    auto x = Normal(rows * dim, 1, 3);
+    std::vector<int32_t> want(rows, 1);
+    for (int t = 0; t < rows; t += 3) {
+      x[t * dim + (t * 7) % dim] = t % 9 == 0 ? nan : t % 9 == 3 ? kInf : -kInf;
+      want[t] = 0;
+    }
+    x[1 * dim] = std::numeric_limits<float>::max();
+    x[2 * dim] = std::numeric_limits<float>::denorm_min();
+    DeviceBuffer dx = Upload(x), dfinite = Poisoned(rows, DType::kFloat32);
+    FiniteRows(TestDevice(),
+               {.x = dx.as<float>(), .finite = dfinite.as<int32_t>(), .rows = rows, .dim = dim});
+    EXPECT_EQ(Download<int32_t>(dfinite, rows), want) << dim;
+  }
+}
+
 // ---- RmsNorm ------------------------------------------------------------------------------------
 
 struct NormCase {
@@ -346,6 +365,7 @@ TEST(Rows, NoRowsIsNoWork) {
       device,
       {.tokens = nullptr, .table = nullptr, .y = nullptr, .rows = 0, .dim = 4, .table_dtype = f32});
   GatherRows(device, {.x = nullptr, .rows = nullptr, .y = nullptr, .num_rows = 0, .dim = 4});
+  FiniteRows(device, {.x = nullptr, .finite = nullptr, .rows = 0, .dim = 4});
   RmsNorm(device, {.x = nullptr,
                    .y = nullptr,
                    .rows = 0,
