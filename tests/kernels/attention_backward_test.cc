@@ -302,6 +302,47 @@ TEST(LinearAttentionBackward, EqualsArithmeticForOddAndLargeHeads) {
   }
 }
 
+// bfloat16 at these sizes runs on tensor cores where there are any.
+TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
+  for (GateKind kind : kKinds) {
+    Case c = {.H = 2, .G = 2, .K = 64, .V = 64, .kind = kind, .dtype = DType::kBFloat16};
+    Check(c, kLengths);
+    c.K = 128, c.V = 128, c.gate_dtype = DType::kBFloat16;
+    Check(c, kFew);
+    c.K = 256, c.V = 128;
+    Check(c, kFew);
+    c.K = 64, c.V = 64, c.H = c.G = 1;
+    Check(c, {2100, 0, 50, 2049});  // segments
+    for (int bits = 0; bits < 16; ++bits) {
+      c.initial_state = (bits & 1) != 0;
+      c.d_o = (bits & 2) != 0;
+      c.d_final_state = (bits & 4) != 0;
+      c.d_initial_state = (bits & 8) != 0;
+      if (c.d_o || c.d_final_state) Check(c, {70, 0, 1});
+    }
+  }
+  for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing}) {
+    for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
+      Check({.H = 2,
+             .G = 2,
+             .K = 64,
+             .V = 64,
+             .kind = kind,
+             .gates = gates,
+             .dtype = DType::kBFloat16},
+            kLengths);
+      Check({.H = 1,
+             .G = 1,
+             .K = 128,
+             .V = 64,
+             .kind = kind,
+             .gates = gates,
+             .dtype = DType::kBFloat16},
+            kFew);
+    }
+  }
+}
+
 TEST(LinearAttentionBackward, EqualsArithmeticWithGroupedHeads) {
   for (GateKind kind : kKinds) {
     for (DType dtype : kAttentionTypes) {
@@ -343,17 +384,20 @@ TEST(LinearAttentionBackward, HardGatesAreSafeInEveryForm) {
 
 TEST(LinearAttentionBackward, OneErasingGateInsideABlock) {
   for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
-    const Case c = {.H = 2, .G = 2, .K = 32, .V = 64, .kind = kind};
-    for (float erasing : {-1e4f, -INFINITY}) {
-      for (int row : {0, 1, 15, 16, 23, 63, 64, 99}) {
-        Inputs in(c, {100});
-        const size_t width = in.gate.size() / 100;
-        std::fill_n(in.gate.begin() + row * width, width, erasing);
-        const reference::AttentionGradients want = Expected(c, in);
-        for (AttentionForm form : kForms) {
-          SCOPED_TRACE(::testing::Message()
-                       << c.name(form) << " gate " << erasing << " in " << row);
-          Judge(c, want, RunBackward(form, c, in));
+    Case c = {.H = 2, .G = 2, .K = 32, .V = 64, .kind = kind};
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      c.dtype = dtype, c.K = dtype == DType::kFloat32 ? 32 : 64;
+      for (float erasing : {-1e4f, -INFINITY}) {
+        for (int row : {0, 1, 15, 16, 23, 63, 64, 99}) {
+          Inputs in(c, {100});
+          const size_t width = in.gate.size() / 100;
+          std::fill_n(in.gate.begin() + row * width, width, erasing);
+          const reference::AttentionGradients want = Expected(c, in);
+          for (AttentionForm form : kForms) {
+            SCOPED_TRACE(::testing::Message()
+                         << c.name(form) << " gate " << erasing << " in " << row);
+            Judge(c, want, RunBackward(form, c, in));
+          }
         }
       }
     }
@@ -483,29 +527,35 @@ TEST(LinearAttentionBackward, TheSameCallTwiceGivesTheSameBits) {
 }
 
 TEST(LinearAttentionBackward, ASequencesBitsDependOnNothingButTheSequence) {
-  const std::vector<int> lengths = {3, 65, 0, 130, 16, 1, 40};
   for (AttentionForm form : kForms) {
     for (GateKind kind : kKinds) {
-      const Case c = {.H = 4, .G = 2, .K = 32, .V = 144, .kind = kind};
-      SCOPED_TRACE(c.name(form));
-      const Inputs in(c, lengths);
-      const Result all = RunBackward(form, c, in);
-      const size_t state_size = size_t(c.state_heads()) * c.K * c.V;
-      int first = 0;
-      for (size_t n = 0; n < lengths.size(); first += lengths[n++]) {
-        Inputs alone = Piece(c, in, first, lengths[n]);
-        const auto state = [&](const std::vector<float>& x) {
-          return std::vector<float>(x.begin() + n * state_size, x.begin() + (n + 1) * state_size);
-        };
-        alone.initial_state = state(in.initial_state);
-        alone.d_final_state = state(in.d_final_state);
-        Inputs part = in;  // the rows of `all` that belong to this sequence
-        part.q = all.dq, part.k = all.dk, part.v = all.dv;
-        if (c.has_d_gate()) part.gate = all.d_gate;
-        part = Piece(c, part, first, lengths[n]);
-        ExpectSameBits(RunBackward(form, c, alone),
-                       {part.q, part.k, part.v, c.has_d_gate() ? part.gate : std::vector<float>{},
-                        state(all.d_initial_state)});
+      for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+        Case c = {.H = 4, .G = 2, .K = 32, .V = 144, .kind = kind};
+        std::vector<int> lengths = {3, 65, 0, 130, 16, 1, 40};
+        if (dtype == DType::kBFloat16) {  // tensor cores, and a sequence of two segments
+          c = {.H = 1, .G = 1, .K = 64, .V = 64, .kind = kind, .dtype = dtype};
+          lengths[3] = 2100;
+        }
+        SCOPED_TRACE(c.name(form));
+        const Inputs in(c, lengths);
+        const Result all = RunBackward(form, c, in);
+        const size_t state_size = size_t(c.state_heads()) * c.K * c.V;
+        int first = 0;
+        for (size_t n = 0; n < lengths.size(); first += lengths[n++]) {
+          Inputs alone = Piece(c, in, first, lengths[n]);
+          const auto state = [&](const std::vector<float>& x) {
+            return std::vector<float>(x.begin() + n * state_size, x.begin() + (n + 1) * state_size);
+          };
+          alone.initial_state = state(in.initial_state);
+          alone.d_final_state = state(in.d_final_state);
+          Inputs part = in;  // the rows of `all` that belong to this sequence
+          part.q = all.dq, part.k = all.dk, part.v = all.dv;
+          if (c.has_d_gate()) part.gate = all.d_gate;
+          part = Piece(c, part, first, lengths[n]);
+          ExpectSameBits(RunBackward(form, c, alone),
+                         {part.q, part.k, part.v, c.has_d_gate() ? part.gate : std::vector<float>{},
+                          state(all.d_initial_state)});
+        }
       }
     }
   }

@@ -16,7 +16,7 @@ namespace {
 
 using reference::Doubles;
 
-enum class Form { kRecurrent, kChunk };
+enum class Form { kRecurrent, kChunk, kChunkWorkspace };
 enum class Gates { kNormal, kZero, kStrong, kErasing, kLongMemory };
 
 struct Case {
@@ -108,7 +108,7 @@ Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& se
   const size_t o_size = size_t(seqs.num_rows()) * c.o_stride();
   DeviceBuffer o = Poisoned(std::max<size_t>(o_size, 1), c.dtype);
   const size_t width = SizeOf(c.dtype);
-  const LinearAttentionArgs args = {
+  LinearAttentionArgs args = {
       .q = qkv.data(),
       .k = qkv.as<char>() + c.H * c.K * width,
       .v = qkv.as<char>() + (c.H + c.G) * c.K * width,
@@ -132,6 +132,10 @@ Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& se
       .gate_stride = c.gate_width(),
       .scale = c.scale(),
       .dtype = c.dtype};
+  const size_t bytes =
+      form == Form::kChunkWorkspace ? ChunkLinearAttentionBytes(TestDevice(), args) : 0;
+  const DeviceBuffer workspace(TestDevice(), bytes);
+  args.workspace = workspace.data();
   if (form == Form::kRecurrent) {
     RecurrentLinearAttention(TestDevice(), args);
   } else {
@@ -228,6 +232,8 @@ void Check(const Case& c, const std::vector<int>& lengths, int shift = 0) {
   if (c.normalize) return;  // the chunkwise form has no key sum
   SCOPED_TRACE(::testing::Message() << "chunk, " << c.name() << ", shift " << shift);
   Judge(c, in, seqs, want, RunAttention(Form::kChunk, c, in, seqs));
+  SCOPED_TRACE("with a workspace");
+  Judge(c, in, seqs, want, RunAttention(Form::kChunkWorkspace, c, in, seqs));
 }
 
 const std::vector<int> kLengths = {1, 0, 63, 64, 65, 100, 127, 129, 0};
@@ -261,6 +267,32 @@ TEST(LinearAttention, EqualsArithmeticForOddAndLargeHeads) {
       Check({.H = 2, .G = 2, .K = 128, .V = 256, .kind = kind, .dtype = dtype}, {1, 65, 30});
       Check({.H = 1, .G = 1, .K = 320, .V = 640, .kind = kind, .dtype = dtype}, {1, 33});
       Check({.H = 2, .G = 2, .K = 1, .V = 1, .kind = kind, .dtype = dtype}, {1, 70});
+    }
+  }
+}
+
+// bfloat16 at these sizes runs on tensor cores where there are any.
+TEST(LinearAttention, EqualsArithmeticAtTheSizesOfTensorCores) {
+  for (GateKind kind : kKinds) {
+    Case c = {.H = 2, .G = 2, .K = 64, .V = 64, .kind = kind, .dtype = DType::kBFloat16};
+    for (int shift = 0; shift < 5; ++shift) Check(c, kLengths, shift);
+    c.K = 128, c.V = 128, c.gate_dtype = DType::kBFloat16;
+    Check(c, kLengths);
+    c.K = 256, c.V = 64;
+    Check(c, kFew);
+    c.K = 64, c.H = c.G = 1;
+    Check(c, {2100, 0, 50, 2048, 2049});  // segments
+  }
+  for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing, Gates::kLongMemory}) {
+    for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
+      Check({.H = 2,
+             .G = 2,
+             .K = 64,
+             .V = 64,
+             .kind = kind,
+             .gates = gates,
+             .dtype = DType::kBFloat16},
+            kLengths);
     }
   }
 }
@@ -413,12 +445,16 @@ TEST(ChunkLinearAttention, CutAnywhereAndCarriedOnEqualsWhole) {
 }
 
 TEST(LinearAttention, ASequencesBitsDependOnNothingButTheSequence) {
-  const std::vector<int> lengths = {3, 65, 1, 0, 130, 16, 1, 40, 64, 2, 1, 7};
-  for (Form form : {Form::kRecurrent, Form::kChunk}) {
+  for (Form form : {Form::kRecurrent, Form::kChunk, Form::kChunkWorkspace}) {
     for (GateKind kind : kKinds) {
       for (DType dtype : kAttentionTypes) {
-        const Case c = {.H = 4, .G = 2, .K = 32, .V = 64, .kind = kind, .dtype = dtype};
-        SCOPED_TRACE(c.name() + (form == Form::kChunk ? " chunk" : " recurrent"));
+        Case c = {.H = 4, .G = 2, .K = 32, .V = 64, .kind = kind, .dtype = dtype};
+        std::vector<int> lengths = {3, 65, 1, 0, 130, 16, 1, 40, 64, 2, 1, 7};
+        if (form == Form::kChunkWorkspace) {  // tensor cores, and a sequence of two segments
+          c.H = 1, c.G = 1, c.K = 64;
+          lengths[4] = 2500;
+        }
+        SCOPED_TRACE(c.name() + (form == Form::kRecurrent ? " recurrent" : " chunk"));
         const Ragged seqs(lengths, 0, 7);
         const Inputs in(c, seqs.num_rows(), seqs.num_slots);
         const Result all = RunAttention(form, c, in, seqs);
