@@ -650,11 +650,11 @@ __global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
         *reinterpret_cast<uint32_t*>(result + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
             PackBf16(other[i], other[i + 1]);
       }
-      asm volatile("bar.sync 1, 128;" ::: "memory");
-      StoreTile<128>(b.dv + values + 64 * tile, value_stride, result, at.tokens, id % 128);
     }
-    __syncthreads();
+    __syncthreads();  // also: nobody reads the stage any more
+    StoreTile<kThreads>(b.dv + values + 64 * tile, value_stride, result, at.tokens, id);
   }
+  __syncthreads();
 
   if constexpr (kPerKey) {
     FinishKeyGates<K>(b, at, shared, sum, other, state_product);

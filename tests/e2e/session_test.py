@@ -77,9 +77,9 @@ def test_converse(server):
     def turns():
         yield pb.ConverseRequest(open=pb.ConverseOpen(sampling=pb.SamplingParams(temperature=0)))
         for text in (b"First Citizen:\n", b"Second Citizen:\n"):
+            done.clear()  # before the turn is out: its end may come before this thread goes on
             yield pb.ConverseRequest(turn=pb.ConverseTurn(text=text, max_new_tokens=10,
                                                           ignore_eos=True))
-            done.clear()
             wait_for(lambda: done, 20, "finished turn")
     done = [1]
     opened, finishes = None, []
