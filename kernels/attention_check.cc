@@ -13,14 +13,15 @@
 namespace gla {
 namespace {
 
-// The kernels count rows, heads and dimensions in int, and elements of one row and blocks of one
-// launch too; these bounds keep all such products inside. The bounds on keys are what the recurrent
-// form of the CUDA backend holds in a block's shared memory.
+// The kernels count rows, heads and dimensions in int, elements of a chunk's rows and blocks of a
+// launch too; these bounds keep all such products inside, with one more value column for the
+// normalized gradients. The bounds on keys are what the recurrent form of the CUDA backend holds in
+// a block's shared memory.
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxKeyDim = 2048;
 constexpr int64_t kMaxValueDim = 1 << 20;
-constexpr int64_t kMaxRowElements = 1 << 28;
-constexpr int64_t kMaxStateColumns = 1 << 29;
+constexpr int64_t kMaxRowElements = 1 << 23;
+constexpr int64_t kMaxStateBlocks = 1 << 30;
 constexpr int64_t kMaxStateQueries = 128;
 constexpr int64_t kMaxStateKeys = 16384;
 
@@ -199,15 +200,14 @@ void CheckShape(Checker& check, const AttentionShape& shape) {
   check.ExpectRange("elements of a row of q, H * K", 1, kMaxRowElements, heads * keys);
   check.ExpectRange("elements of a row of o, H * V", 1, kMaxRowElements, heads * values);
   check.ExpectRange("query heads per state", 1, kMaxStateQueries, queries);
-  const int64_t padded_keys = (keys + 63) / 64 * 64;
+  const int64_t key_blocks = (keys + 63) / 64, padded_keys = key_blocks * 64;
   check.Expect(queries * padded_keys <= kMaxStateKeys, "query heads per state * K rounded up to 64",
                absl::StrCat("at most ", kMaxStateKeys), absl::StrCat(queries, " * ", padded_keys));
   if (!check.ok()) return;
-  // Two steps, since the product of all three may not fit 64 bits.
-  const bool fits = shape.num_seqs * state_heads <= kMaxStateColumns &&
-                    shape.num_seqs * state_heads * values <= kMaxStateColumns;
-  check.Expect(fits, "sequences", absl::StrCat("N * S * V of at most ", kMaxStateColumns),
-               absl::StrCat(shape.num_seqs, " * ", state_heads, " * ", values));
+  const int64_t blocks = state_heads * values * key_blocks;
+  check.Expect(shape.num_seqs <= kMaxStateBlocks / blocks, "sequences",
+               absl::StrCat("N * S * V * ceil(K / 64) of at most ", kMaxStateBlocks),
+               absl::StrCat(shape.num_seqs, " * ", state_heads, " * ", values, " * ", key_blocks));
 
   check.Expect(!shape.normalize || shape.op == AttentionOp::kLinearAttention, "normalize",
                "false but for linear_attention", "true");
