@@ -240,7 +240,7 @@ struct LinearAttentionArgs {
 // Token by token: the bits of o_t and S_t depend only on the sequence's own inputs and starting
 // state, not on how it is cut into calls.
 void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& args);
-// In tiles of 64 tokens counted from the first row of each sequence in the call (fla's chunk_size);
+// In tiles of tokens (CUDA 64, fla's chunk_size; CPU 16) counted from each sequence's first row;
 // equal to the recurrent form up to rounding. Not with `key_sum_state`.
 void ChunkLinearAttention(Device& device, const LinearAttentionArgs& args);
 

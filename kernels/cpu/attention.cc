@@ -205,6 +205,7 @@ void CheckArgs(const LinearAttentionArgs& a) {
   GLA_CHECK(a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0);
   GLA_CHECK(a.state_heads == a.num_kv_heads || a.state_heads == a.num_heads);
   GLA_CHECK((a.gate_kind == GateKind::kNone) == (a.gate == nullptr));
+  GLA_CHECK(a.gate_dtype == DType::kFloat32 || a.gate_dtype == a.dtype);
   // One state cannot decay at two rates.
   GLA_CHECK(a.gate_kind != GateKind::kConstant || a.state_heads == a.num_heads);
   GLA_CHECK(a.key_sum_state == nullptr || a.state_heads == a.num_kv_heads);

@@ -176,19 +176,22 @@ class Sweep {
   static void Add(const float* from, size_t n, float* to) { AddScaled(1.0f, from, to, n); }
 
   int Cols(int strip) const { return std::min(kStrip, a_.value_dim - strip * kStrip); }
+  // Where the 32 columns of `array` [T, heads, V] that belong to a tile start.
+  const T* Rows(const void* array, int heads, int head, int i, int strip) const {
+    return static_cast<const T*>(array) +
+           (int64_t{rows_.tile_row(i)} * heads + head) * a_.value_dim + strip * kStrip;
+  }
   void LoadV(int i, int strip) {
-    const int64_t stride = int64_t{a_.num_kv_heads} * a_.value_dim;
-    LoadTile<kTile>(static_cast<const T*>(a_.v) + rows_.tile_row(i) * stride +
-                        heads_.group * a_.value_dim + strip * kStrip,
-                    stride, rows_.tile_len(i), Cols(strip), kStrip, 1.0f, rows_of_v_);
+    LoadTile<kTile>(Rows(a_.v, a_.num_kv_heads, heads_.group, i, strip),
+                    int64_t{a_.num_kv_heads} * a_.value_dim, rows_.tile_len(i), Cols(strip), kStrip,
+                    1.0f, rows_of_v_);
   }
   float* DoRows(int rep) const { return rows_of_do_ + rep * kTile * kStrip; }
   void LoadDo(int i, int strip) {
-    const int64_t stride = int64_t{a_.num_heads} * a_.value_dim;
     for (int rep = 0; rep < plan_.reps; ++rep) {
-      LoadTile<kTile>(static_cast<const T*>(a_.d_o) + rows_.tile_row(i) * stride +
-                          (heads_.first + rep) * a_.value_dim + strip * kStrip,
-                      stride, rows_.tile_len(i), Cols(strip), kStrip, 1.0f, DoRows(rep));
+      LoadTile<kTile>(Rows(a_.d_o, a_.num_heads, heads_.first + rep, i, strip),
+                      int64_t{a_.num_heads} * a_.value_dim, rows_.tile_len(i), Cols(strip), kStrip,
+                      1.0f, DoRows(rep));
     }
   }
   // z (+)= state times the tile's rows, transposed.

@@ -292,6 +292,7 @@ TEST(LinearAttentionBackward, EqualsArithmeticForOddAndLargeHeads) {
   for (GateKind kind : kKinds) {
     for (DType dtype : kAttentionTypes) {
       Check({.H = 3, .G = 3, .K = 60, .V = 100, .kind = kind, .dtype = dtype}, kFew);
+      Check({.H = 2, .G = 2, .K = 100, .V = 60, .kind = kind, .dtype = dtype}, kFew);
       Check({.H = 2, .G = 2, .K = 64, .V = 64, .kind = kind, .dtype = dtype}, kFew);
       Check({.H = 2, .G = 2, .K = 128, .V = 256, .kind = kind, .dtype = dtype}, {1, 65, 30});
       Check({.H = 1, .G = 1, .K = 320, .V = 640, .kind = kind, .dtype = dtype}, {1, 33});

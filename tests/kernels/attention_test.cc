@@ -288,6 +288,15 @@ TEST(LinearAttention, HardGatesAreSafeInEveryForm) {
       for (DType dtype : kAttentionTypes) {
         Check({.H = 5, .G = 5, .K = 32, .V = 64, .kind = kind, .gates = gates, .dtype = dtype},
               kLengths);
+        Check({.H = 4,
+               .G = 2,
+               .K = 60,
+               .V = 100,
+               .kind = kind,
+               .gates = gates,
+               .dtype = dtype,
+               .gate_dtype = dtype},
+              kFew);
       }
     }
   }
