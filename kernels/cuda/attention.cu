@@ -112,6 +112,18 @@ void LaunchRecurrent(Device& device, const LinearAttentionArgs& a) {
   }
 }
 
+void LaunchChunk(Device& device, const LinearAttentionArgs& a) {
+  const cudaStream_t stream = Queue(device);
+  const size_t bytes = ChunkSharedBytes(a.key_dim);
+  const int tiles_v = CeilDiv(a.value_dim, kChunkColumns);
+  const unsigned grid = GridOf(int64_t{a.seqs.num_seqs} * a.state_heads * tiles_v);
+  WithInputType(a.dtype, [&]<typename T>() {
+    AllowShared(ChunkKernel<T>, bytes);
+    ChunkKernel<T><<<grid, kChunkThreads, bytes, stream>>>(a, tiles_v);
+  });
+  CUDA_CHECK(cudaGetLastError());
+}
+
 }  // namespace
 
 void RecurrentLinearAttention(Device& device, const LinearAttentionArgs& a) {
@@ -132,16 +144,10 @@ void ChunkLinearAttention(Device& device, const LinearAttentionArgs& a) {
   CheckArgs(a);
   GLA_REQUIRES(a.key_sum_state == nullptr, "the chunkwise form does not normalize");
   if (a.seqs.num_seqs == 0) return;
-  const cudaStream_t stream = Queue(device);
-  const size_t bytes = ChunkSharedBytes(a.key_dim);
-  if (bytes > device.impl().max_shared_bytes) return RecurrentLinearAttention(device, a);
-  const int tiles_v = CeilDiv(a.value_dim, kChunkColumns);
-  const unsigned grid = GridOf(int64_t{a.seqs.num_seqs} * a.state_heads * tiles_v);
-  WithInputType(a.dtype, [&]<typename T>() {
-    AllowShared(ChunkKernel<T>, bytes);
-    ChunkKernel<T><<<grid, kChunkThreads, bytes, stream>>>(a, tiles_v);
-  });
-  CUDA_CHECK(cudaGetLastError());
+  if (ChunkSharedBytes(a.key_dim) > device.impl().max_shared_bytes) {
+    return RecurrentLinearAttention(device, a);
+  }
+  LaunchChunk(device, a);
 }
 
 }  // namespace gla

@@ -85,7 +85,7 @@ BackwardPlan PlanOf(const LinearAttentionBackwardArgs& a, AttentionForm form) {
 }
 
 void FindChunks(const BackwardPlan& p, cudaStream_t stream) {
-  ChunkOffsetsKernel<<<1, 256, 0, stream>>>(p.cu_seqlens, p.num_seqs, p.chunk_offsets);
+  ChunkOffsetsKernel<256><<<1, 256, 0, stream>>>(p.cu_seqlens, p.num_seqs, p.chunk_offsets);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -31,10 +31,12 @@ struct BackwardPlan : LinearAttentionBackwardArgs {
   int slices_k;                                // of 64 keys
   int slices_v;                                // of 64 values
   int max_chunks;                              // not fewer than there are
-  bool last_state_used;                        // S at the end of a sequence's last chunk
+  // Recurrent form: `states` has, for a sequence's last chunk, S before the last token's own
+  // k^T v. Otherwise last chunks are left out.
+  bool last_state_used;
 
   int32_t* chunk_offsets;  // [N + 1]: chunks of the sequences before
-  float* states;           // [max_chunks, state_heads, K, V]: S; see last_state_used
+  float* states;           // [max_chunks, state_heads, K, V]: S at their ends
   float* gate_sums;        // [slices_k, T, G]: d_gate of each slice of keys, when it is per head
 
   // Chunkwise form.
@@ -52,27 +54,27 @@ struct BackwardPlan : LinearAttentionBackwardArgs {
 
 // ---- Chunks -------------------------------------------------------------------------------------
 
-// One block of 256 threads; each counts the chunks of a run of sequences.
-static __global__ void __launch_bounds__(256)
+// One block; each thread counts the chunks of a run of sequences.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     ChunkOffsetsKernel(const int32_t* cu_seqlens, int num_seqs, int32_t* offsets) {
-  __shared__ int counts[256];
-  const int run = CeilDiv(num_seqs, 256);
-  const int begin = min(static_cast<int>(threadIdx.x) * run, num_seqs);
-  const int end = min(begin + run, num_seqs);
+  __shared__ int counts[kThreads];
+  const int thread = threadIdx.x, run = CeilDiv(num_seqs, kThreads);
+  const int begin = min(thread * run, num_seqs), end = min(begin + run, num_seqs);
   const auto chunks_of = [&](int n) {
     return CeilDiv(cu_seqlens[n + 1] - cu_seqlens[n], kChunkTokens);
   };
   int count = 0;
   for (int n = begin; n < end; ++n) count += chunks_of(n);
-  counts[threadIdx.x] = count;
+  counts[thread] = count;
   __syncthreads();
   int offset = 0;
-  for (int i = 0; i < static_cast<int>(threadIdx.x); ++i) offset += counts[i];
+  for (int i = 0; i < thread; ++i) offset += counts[i];
   for (int n = begin; n < end; ++n) {
     offsets[n] = offset;
     offset += chunks_of(n);
   }
-  if (threadIdx.x == 255) offsets[num_seqs] = offset;
+  if (thread == kThreads - 1) offsets[num_seqs] = offset;
 }
 
 struct ChunkSpot {

@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kChunkThreads, 2) ValueGradientKernel(const Ba
         float row[4][4], value[4][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          *reinterpret_cast<float4*>(row[i]) = LoadFour(&tile.rows[4 * ty + i][c]);
-          *reinterpret_cast<float4*>(value[i]) = LoadFour(&tile.values[c + i][4 * tx]);
+          LoadFour(&tile.rows[4 * ty + i][c], row[i]);
+          LoadFour(&tile.values[c + i][4 * tx], value[i]);
         }
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
@@ -175,10 +175,9 @@ __global__ void __launch_bounds__(kChunkThreads, 2) ValueGradientKernel(const Ba
       __syncthreads();
 #pragma unroll 4
       for (int t = 4 * ty; t < kChunkTokens; ++t) {
-        const float4 row4 = LoadFour(&tile.rows[t][4 * ty]);
-        const float4 value4 = LoadFour(&tile.values[t][4 * tx]);
-        const float row[4] = {row4.x, row4.y, row4.z, row4.w};
-        const float value[4] = {value4.x, value4.y, value4.z, value4.w};
+        float row[4], value[4];
+        LoadFour(&tile.rows[t][4 * ty], row);
+        LoadFour(&tile.values[t][4 * tx], value);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll

@@ -204,10 +204,9 @@ __global__ void __launch_bounds__(kSweepThreads)
     LoadSweep<T>(p, at, at.begin + start, tokens, false);
     __syncthreads();
     for (int t = 0; t < tokens; ++t) {
-      const float4 decay = LoadFour(at.decay + t * kSweepDim + at.row);
-      const float4 key = LoadFour(at.k + t * kSweepDim + at.row);
-      const float decays[kSweepKeys] = {decay.x, decay.y, decay.z, decay.w};
-      const float keys[kSweepKeys] = {key.x, key.y, key.z, key.w};
+      float decays[kSweepKeys], keys[kSweepKeys];
+      LoadFour(at.decay + t * kSweepDim + at.row, decays);
+      LoadFour(at.k + t * kSweepDim + at.row, keys);
 #pragma unroll
       for (int i = 0; i < kSweepKeys; ++i) {
 #pragma unroll
@@ -282,18 +281,17 @@ __global__ void __launch_bounds__(kSweepThreads)
           p, at, sum, RowOf(p.dk_sums, sum_row, p.state_heads, at.state_head, p.key_dim) + at.key0);
       for (int g = 0; p.d_o != nullptr && g < p.group; ++g) {
         LoadSweepColumns(at, at.d_o + (t * p.group + g) * kSweepDim, x);
-        const float4 query = LoadFour(at.q + (t * p.group + g) * kSweepDim + at.row);
-        const float queries[kSweepKeys] = {query.x, query.y, query.z, query.w};
+        float queries[kSweepKeys];
+        LoadFour(at.q + (t * p.group + g) * kSweepDim + at.row, queries);
 #pragma unroll
         for (int i = 0; i < kSweepKeys; ++i) {
 #pragma unroll
           for (int c = 0; c < kSweepColumns; ++c) s[i][c] = fmaf(queries[i], x[c], s[i][c]);
         }
       }
-      const float4 decay = LoadFour(at.decay + t * kSweepDim + at.row);
-      const float4 key = LoadFour(at.k + t * kSweepDim + at.row);
-      const float decays[kSweepKeys] = {decay.x, decay.y, decay.z, decay.w};
-      const float keys[kSweepKeys] = {key.x, key.y, key.z, key.w};
+      float decays[kSweepKeys], keys[kSweepKeys];
+      LoadFour(at.decay + t * kSweepDim + at.row, decays);
+      LoadFour(at.k + t * kSweepDim + at.row, keys);
 #pragma unroll
       for (int c = 0; c < kSweepColumns; ++c) {
         x[c] = keys[0] * s[0][c];

@@ -130,6 +130,12 @@ __device__ inline void StoreFour(__half* p, float4 x) {
   *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(pairs);
 }
 
+template <typename T>
+__device__ void LoadFour(const T* p, float (&x)[4]) {
+  const float4 four = LoadFour(p);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
 // The first `count` (at most four) of four neighbours, zeros after; no alignment needed.
 template <typename T>
 __device__ float4 LoadUpToFour(const T* p, int count) {
