@@ -262,9 +262,7 @@ std::string_view NameOf(ModelFamily family) {
   return "";
 }
 
-int FeaturesPerKey(QkMap map) {
-  return map == QkMap::kHedgehog ? 2 : map == QkMap::kDpfp ? 8 : 1;
-}
+int FeaturesPerKey(QkMap map) { return map == QkMap::kHedgehog ? 2 : map == QkMap::kDpfp ? 8 : 1; }
 
 absl::StatusOr<ModelConfig> ModelConfig::Parse(std::string_view text) {
   GLA_ASSIGN_OR_RETURN(const json object, ParseJson(text, kMaxConfigValues));
