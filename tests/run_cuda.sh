@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that need a GPU: builds both backends, runs the CUDA ones, then again under
-# compute-sanitizer memcheck where that tool is found. Last line: `N passed, N failed`.
+# compute-sanitizer where that is found: memcheck all, initcheck and racecheck the operators. Last line: `N passed, N failed`.
 set -euo pipefail
 # shellcheck source=deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
@@ -25,17 +25,31 @@ step "packages" install_packages "${BUILD_PACKAGES[@]}"
 step "build release" build release
 step "ctest -L cuda" run_cuda_tests || true
 
-MEMCHECK=$(command -v compute-sanitizer || echo "$(dirname "$NVCC")/compute-sanitizer")
-if [[ -x $MEMCHECK ]]; then
+SANITIZER=$(command -v compute-sanitizer || echo "$(dirname "$NVCC")/compute-sanitizer")
+
+# sanitize TOOL NAME PROGRAM ARGUMENT...: counts as one test.
+sanitize() {
+  local tool=$1 name=$2
+  shift 2
+  if step "$tool $name" "$SANITIZER" --tool "$tool" --error-exitcode 99 "$@"; then
+    echo "passed $tool $name" >>"$RESULTS/sanitizer.txt"
+  else
+    echo "failed $tool $name" >>"$RESULTS/sanitizer.txt"
+  fi
+}
+
+if [[ -x $SANITIZER ]]; then
   for name in $(cuda_test_names); do
-    if step "memcheck $name" "$MEMCHECK" --tool memcheck --error-exitcode 99 "build/release/bin/$name"
-    then
-      echo "passed memcheck $name" >>"$RESULTS/memcheck.txt"
-    else
-      echo "failed memcheck $name" >>"$RESULTS/memcheck.txt"
-    fi
+    program=build/release/bin/$name  # a test that has no program of its own is another one's
+    if [[ -x $program ]]; then sanitize memcheck "$name" "$program"; fi
   done
+  sanitize memcheck gla-golden-cuda build/release/bin/gla-golden-cuda tests/golden
+  for name in attention_backward_test_cuda attention_op_test_cuda; do
+    sanitize initcheck "$name" "build/release/bin/$name"
+  done
+  sanitize racecheck attention_backward_test_cuda build/release/bin/attention_backward_test_cuda \
+    '--gtest_filter=*SizesOfTensorCores*'
 else
-  echo "  compute-sanitizer: not found, memcheck not run"
+  echo "  compute-sanitizer: not found, no sanitizer run"
 fi
 python3 tests/tally.py "$RESULTS"
