@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests that need a GPU: builds both backends, runs the CUDA ones, then again under
-# compute-sanitizer where that is found: memcheck all, initcheck and racecheck the operators. Last line: `N passed, N failed`.
+# compute-sanitizer where that is found: memcheck all, initcheck and racecheck the operators. Last
+# line: `N passed, N failed`.
 set -euo pipefail
 # shellcheck source=deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../deploy/lib.sh"
