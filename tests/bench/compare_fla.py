@@ -135,7 +135,7 @@ def compile_share(index, count, cases):
 def precompile(count, args):
     """Runs `count` workers of compile_share(); what fails there is compiled later, one by one."""
     start = time.time()
-    command = [sys.executable, os.path.abspath(__file__), "--library", args.library, "--ops",
+    command = [sys.executable, os.path.abspath(__file__), "--library", args.lib, "--ops",
                ",".join(args.ops), "--shapes", ",".join(args.shapes)]
     workers = [subprocess.Popen(command + ["--compile-share", f"{i}/{count}"],
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -366,7 +366,7 @@ def print_table(rows):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--library", default="build/release/lib/libgla_ops_cuda.so")
+    parser.add_argument("--library", dest="lib", default="build/release/lib/libgla_ops_cuda.so")
     parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--json", help="file to write the figures to")
@@ -395,7 +395,7 @@ def main():
     import triton
     shorten_tuning()
     forced = allow_gated_backward()
-    library = gla_ops.Library(args.library)
+    library = gla_ops.Library(args.lib)
     rate = copy_rate()
     torch.cuda.empty_cache()
     report = dict(device=torch.cuda.get_device_name(), fla=fla.__version__,

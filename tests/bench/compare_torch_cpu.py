@@ -173,7 +173,7 @@ def print_table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--library", default="build/release/lib/libgla_ops_cpu.so")
+    parser.add_argument("--library", dest="lib", default="build/release/lib/libgla_ops_cpu.so")
     parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -185,7 +185,7 @@ def main():
             parser.error(f"{','.join(value)}: expected some of {', '.join(known)}")
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    library = gla_ops.Library(args.library, threads=threads)
+    library = gla_ops.Library(args.lib, threads=threads)
     print(f"{library.device_name}, {threads} threads, torch {torch.__version__}; the recurrence in "
           f"torch: {NAIVE_LENGTH} tokens, counted up")
     rows = [compare(library, op, shape, args.rounds) for op in ops for shape in shapes]

@@ -80,7 +80,7 @@ class Problem:
     """
 
     def __init__(self, library, inputs, scale=None, form=CHUNKWISE, backward_form=None):
-        self.library, self.form = library, form
+        self.lib, self.form = library, form
         self.backward_form = form if backward_form is None else backward_form
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
         gate, h0 = inputs.get("gate"), inputs.get("initial_state")
@@ -124,7 +124,7 @@ class Problem:
 
     def _prepare(self, forward, backward):
         """A workspace for what is called; forward and backward take turns in the same one."""
-        lib, device = self.library._lib, self.library._device
+        lib, device = self.lib._lib, self.lib._device
         if forward:
             self.workspace_bytes["forward"] = lib.gla_ops_forward_bytes(
                 device, ctypes.byref(self._forward), self.form)
@@ -150,24 +150,24 @@ class Problem:
         _wait(self.o)
 
     def run(self, forward=True, backward=True):
-        lib, device = self.library._lib, self.library._device
+        lib, device = self.lib._lib, self.lib._device
         self._prepare(forward, backward)
         if forward:
             lib.gla_ops_forward(device, ctypes.byref(self._forward), self.form)
         if backward:
             lib.gla_ops_backward(device, ctypes.byref(self._backward), self.backward_form)
-        self.library.synchronize()
+        self.lib.synchronize()
 
     def time(self, repeats, replay, forward=True, backward=True):
         """Milliseconds of each of `repeats` runs; `replay`: captured once and replayed."""
         self._prepare(forward, backward)
         milliseconds = (ctypes.c_double * repeats)()
-        status = self.library._lib.gla_ops_time(
-            self.library._device, ctypes.byref(self._forward) if forward else None, self.form,
+        status = self.lib._lib.gla_ops_time(
+            self.lib._device, ctypes.byref(self._forward) if forward else None, self.form,
             ctypes.byref(self._backward) if backward else None, self.backward_form, repeats,
             int(replay), milliseconds)
         if status != 0:
-            raise RuntimeError(f"the {self.library.backend} backend has no replay")
+            raise RuntimeError(f"the {self.lib.backend} backend has no replay")
         return list(milliseconds)
 
 

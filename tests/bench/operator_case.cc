@@ -5,7 +5,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
-#include "tests/bench/forward_workspace.h"
 #include "tests/kernels/harness.h"
 
 namespace gla::bench {
@@ -88,15 +87,18 @@ absl::Status OperatorCase::MakeInputs(size_t min_bytes) {
                                                      " bytes of inputs and results asked for, ",
                                                      device_.memory_free(), " are free"));
   }
+  size_t bytes = 0;
   if (config_.pass == Pass::kBackward) {
-    workspace_ =
-        DeviceBuffer(device_, LinearAttentionBackwardBytes(device_, BackwardArgs(0), config_.form));
-    if (!workspace_.ok()) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          workspace_.bytes(), " bytes of workspace asked for, ", device_.memory_free(), " free"));
-    }
-    device_.Fill(workspace_.data(), 0xFF, workspace_.bytes());
+    bytes = LinearAttentionBackwardBytes(device_, BackwardArgs(0), config_.form);
+  } else if (config_.form == AttentionForm::kChunkwise) {
+    bytes = ChunkLinearAttentionBytes(device_, ForwardArgs(0));
   }
+  workspace_ = DeviceBuffer(device_, bytes);
+  if (!workspace_.ok()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(bytes, " bytes of workspace asked for, ", device_.memory_free(), " are free"));
+  }
+  if (bytes > 0) device_.Fill(workspace_.data(), 0xFF, bytes);
   device_.Fill(sets_.data(), 0xFF, set_bytes_);
   std::vector<int32_t> cu_seqlens(config_.batch + 1), slots(config_.batch);
   for (int n = 0; n <= config_.batch; ++n) cu_seqlens[n] = n * config_.length;
@@ -159,8 +161,8 @@ LinearAttentionArgs OperatorCase::ForwardArgs(int set) const {
                            .o_stride = values,
                            .gate_stride = c.gate_kind == GateKind::kPerKey ? keys : c.heads,
                            .scale = scale(),
-                           .dtype = c.dtype};
-  SetForwardWorkspace(args, workspace_.data());
+                           .dtype = c.dtype,
+                           .workspace = workspace_.data()};
   return args;
 }
 

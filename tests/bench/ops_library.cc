@@ -11,7 +11,6 @@
 #include <string>
 
 #include "kernels/kernels.h"
-#include "tests/bench/forward_workspace.h"
 #include "tests/bench/timing.h"
 
 #define GLA_OPS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -82,7 +81,7 @@ gla::LinearAttentionArgs ArgsOf(const Forward& f) {
                                 .gate_stride = gate_stride,
                                 .scale = f.scale,
                                 .dtype = static_cast<gla::DType>(f.dtype)};
-  gla::bench::SetForwardWorkspace(args, f.workspace);
+  args.workspace = f.workspace;
   return args;
 }
 
@@ -172,11 +171,11 @@ GLA_OPS_EXPORT void gla_ops_forward(gla::Device* device, const Forward* forward,
   Run(*device, *forward, static_cast<gla::AttentionForm>(form));
 }
 
-// Bytes of workspace, at pointers of which only null matters.
+// Bytes of workspace for calls with these pointers.
 GLA_OPS_EXPORT uint64_t gla_ops_forward_bytes(gla::Device* device, const Forward* forward,
                                               int form) {
-  return gla::bench::ForwardWorkspaceBytes(*device, ArgsOf(*forward),
-                                           static_cast<gla::AttentionForm>(form));
+  if (static_cast<gla::AttentionForm>(form) == gla::AttentionForm::kRecurrent) return 0;
+  return gla::ChunkLinearAttentionBytes(*device, ArgsOf(*forward));
 }
 GLA_OPS_EXPORT uint64_t gla_ops_backward_bytes(gla::Device* device, const Backward* backward,
                                                int form) {
