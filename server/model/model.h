@@ -25,7 +25,7 @@ struct ModelOptions {
   int max_seqs = 64;              // N of the largest step
   int max_logit_rows = 256;       // R of the largest step
   // How runs of more than one token are computed. kRecurrent: bits do not depend on how a text is
-  // cut into steps and turns. kChunkwise: tiles of 64 tokens, equal up to rounding.
+  // cut into steps and turns. kChunkwise: tiles of tokens, equal up to rounding.
   PrefillForm prefill_form = PrefillForm::kRecurrent;
   // RetNet: rotary frequencies rounded to bfloat16, as in an fla model that was cast to bfloat16
   // and back. False: exact, as in one that was loaded by from_pretrained.
