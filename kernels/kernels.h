@@ -183,6 +183,38 @@ struct Sequences {
   int max_len;   // longest sequence in this call
 };
 
+// How a recurrent state rests in its slot.
+//   kFloat32  [heads, K, V] float32
+//   kInt16    [heads, K, V] int16, and behind it (from the next multiple of 16 bytes)
+//             [heads, K, ceil(V / 64)] float32 scales: value = int16 * scale, with one scale for 64
+//             neighbours along V, scale = max |value| / 32767 (0 when all are 0), rounded to
+//             nearest, ties to even. A value that is not finite makes the scale NaN.
+enum class StateFormat : uint8_t { kFloat32, kInt16 };
+// Bytes of one state, without padding behind it.
+int64_t StateBytes(StateFormat format, int heads, int key_dim, int value_dim);
+
+// states[n] = the state in slots[n] (-1: zero), for the kernels that compute on float32.
+struct UnpackStatesArgs {
+  const void* slots_begin;  // first slot's state; 16-byte aligned
+  int64_t slot_stride;      // BYTES between slots; a multiple of 16
+  const int32_t* slots;     // [N]
+  float* states;            // [N, heads, K, V]
+  int num_states, heads, key_dim, value_dim;
+  StateFormat format;
+};
+void UnpackStates(Device& device, const UnpackStatesArgs& args);
+
+// The state in slots[n] (-1: none) = states[n].
+struct PackStatesArgs {
+  const float* states;   // [N, heads, K, V]
+  void* slots_begin;     // as in UnpackStatesArgs
+  int64_t slot_stride;   // BYTES
+  const int32_t* slots;  // [N], distinct where not -1
+  int num_states, heads, key_dim, value_dim;
+  StateFormat format;
+};
+void PackStates(Device& device, const PackStatesArgs& args);
+
 // Causal depthwise convolution of width W over each sequence, then SiLU when `silu`:
 // y[t, c] = silu(sum_w weight[c, w] x[t - (W - 1) + w, c] (+ bias[c])).
 // The state of a slot is the last W - 1 inputs, oldest first, [W - 1, C] float32 at
