@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -56,6 +57,25 @@ class Device {
 
  private:
   explicit Device(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Work that is queued again and again at the cost of one launch (a CUDA graph). A CPU just does the
+// work again.
+class Recording {
+ public:
+  // What `work` queues on `device`: kernels, copies and fills, but nothing that waits, allocates or
+  // uploads. It is not run now. Everything it captures and every pointer it uses must live as long
+  // as the recording. The kernels it uses must have run before (code is loaded at the first run).
+  Recording(Device& device, std::function<void()> work);
+  ~Recording();
+  Recording(Recording&& other) noexcept;
+  Recording& operator=(Recording&& other) noexcept;
+
+  void Replay() const;
+
+ private:
+  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

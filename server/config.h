@@ -21,9 +21,10 @@ struct Config {
   std::string model;              // checkpoint folder; required
   std::string served_model_name;  // empty: the folder's name
   std::string dtype;              // float32 | bfloat16; empty: float32 on cpu, bfloat16 on cuda
-  std::string prefill_form = "recurrent";  // recurrent | chunkwise
-  int device = 0;                          // ordinal of the GPU
-  int threads = 0;                         // cpu backend: threads that compute; 0: one per core
+  std::string prefill_form;       // recurrent | chunkwise; empty: chunkwise on cuda with bfloat16
+  std::string state_dtype = "float32";  // float32 | int16
+  int device = 0;                       // ordinal of the GPU
+  int threads = 0;                      // cpu backend: threads that compute; 0: one per core
 
   // Where.
   std::string host = "0.0.0.0";

@@ -24,6 +24,12 @@ DType DTypeOf(const Config& config) {
   return bfloat16 ? DType::kBFloat16 : DType::kFloat32;
 }
 
+PrefillForm PrefillFormOf(const Config& config) {
+  const bool is_fast = IsCuda() && DTypeOf(config) == DType::kBFloat16;
+  const bool chunkwise = config.prefill_form.empty() ? is_fast : config.prefill_form == "chunkwise";
+  return chunkwise ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
+}
+
 std::string ServedName(const Config& config) {
   if (!config.served_model_name.empty()) return config.served_model_name;
   std::filesystem::path folder = std::filesystem::path(config.model).lexically_normal();
@@ -72,8 +78,9 @@ ModelOptions OptionsForModel(const Config& config) {
   options.max_seqs = config.max_num_seqs;
   // A row per running sequence, and room for a tile of a prompt that is scored.
   options.max_logit_rows = std::max(options.max_logit_rows, config.max_num_seqs + 63);
-  options.prefill_form =
-      config.prefill_form == "chunkwise" ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
+  options.prefill_form = PrefillFormOf(config);
+  options.state_format =
+      config.state_dtype == "int16" ? StateFormat::kInt16 : StateFormat::kFloat32;
   return options;
 }
 
@@ -98,7 +105,7 @@ v1::GetModelInfoResponse ModelInfo(const Config& config, const Ground& ground, c
   info.set_family(ground.facts.family);
   info.set_parameters(shape.num_parameters());
   info.set_dtype(ground.facts.dtype);
-  info.set_state_dtype("float32");
+  info.set_state_dtype(config.state_dtype);
   info.set_state_bytes_per_session(model.state_bytes());
   info.set_capacity_sessions(engine.capacity_sessions());
   info.set_max_num_seqs(config.max_num_seqs);
@@ -114,7 +121,8 @@ v1::GetModelInfoResponse ModelInfo(const Config& config, const Ground& ground, c
   info.set_bos_token_id(tokenizer.bos_token_id());
   info.set_eos_token_id(tokenizer.eos_token_id());
   info.set_weight_bytes(model.weight_bytes());
-  info.set_prefill_form(config.prefill_form);
+  info.set_prefill_form(PrefillFormOf(config) == PrefillForm::kChunkwise ? "chunkwise"
+                                                                         : "recurrent");
   return info;
 }
 

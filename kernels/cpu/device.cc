@@ -223,4 +223,19 @@ size_t Device::memory_free() const {
                    impl_->memory_total - std::min(impl_->memory_total, impl_->allocated)});
 }
 
+// ---- Recordings ---------------------------------------------------------------------------------
+
+struct Recording::Impl {
+  std::function<void()> work;
+};
+
+Recording::Recording(Device& /*device*/, std::function<void()> work)
+    : impl_(std::make_unique<Impl>(Impl{std::move(work)})) {}
+
+Recording::~Recording() = default;
+Recording::Recording(Recording&& other) noexcept = default;
+Recording& Recording::operator=(Recording&& other) noexcept = default;
+
+void Recording::Replay() const { impl_->work(); }
+
 }  // namespace gla

@@ -162,4 +162,36 @@ size_t Device::memory_free() const {
   return free;
 }
 
+// ---- Recordings ---------------------------------------------------------------------------------
+
+struct Recording::Impl {
+  Device& device;
+  cudaGraphExec_t graph = nullptr;
+  ~Impl() {
+    if (graph == nullptr) return;
+    device.Synchronize();
+    CUDA_CHECK(cudaGraphExecDestroy(graph));
+  }
+};
+
+Recording::Recording(Device& device, std::function<void()> work)
+    : impl_(std::make_unique<Impl>(Impl{device})) {
+  const cudaStream_t stream = Queue(device);
+  cudaGraph_t graph;
+  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  work();
+  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&impl_->graph, graph, 0));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  CUDA_CHECK(cudaGraphUpload(impl_->graph, stream));
+}
+
+Recording::~Recording() = default;
+Recording::Recording(Recording&& other) noexcept = default;
+Recording& Recording::operator=(Recording&& other) noexcept = default;
+
+void Recording::Replay() const {
+  CUDA_CHECK(cudaGraphLaunch(impl_->graph, Queue(impl_->device)));
+}
+
 }  // namespace gla

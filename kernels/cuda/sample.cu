@@ -67,6 +67,29 @@ __device__ uint64_t LargestBelow(const float* logits, int vocab, uint64_t bound,
   return BlockMax(largest, shared);
 }
 
+// The largest rank in a row, and whether a logit is NaN or +inf, in every thread.
+__device__ uint64_t LikeliestOf(const float* logits, int vocab, bool* is_bad, Shared& shared) {
+  uint64_t largest = 0;
+  bool bad = false;
+  const auto take = [&](float logit, int token) {
+    bad = bad || !(logit < INFINITY);
+    const uint64_t rank = RankOf(logit, token);
+    largest = rank > largest ? rank : largest;
+  };
+  if (vocab % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0) {
+#pragma unroll 4
+    for (int i = 4 * threadIdx.x; i < vocab; i += 4 * kThreads) {
+      const float4 x = LoadFour(logits + i);
+      take(x.x, i), take(x.y, i + 1), take(x.z, i + 2), take(x.w, i + 3);
+    }
+  } else {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < vocab; i += kThreads) take(logits[i], i);
+  }
+  *is_bad = __syncthreads_or(bad) != 0;
+  return BlockMax(largest, shared);
+}
+
 // The sum of f(token) over [0, vocab), in every thread.
 template <typename F>
 __device__ double SumOf(int vocab, const F& f, Shared& shared) {
@@ -189,24 +212,26 @@ __global__ void __launch_bounds__(kThreads, 1) SampleKernel(const SampleArgs a) 
   const int r = blockIdx.x;
   const SampleRow row = a.rows[r];
   const float* const unadjusted = a.logits + int64_t{r} * a.vocab;
-  float* const logits = a.scratch + int64_t{r} * a.vocab;
+  const int first = a.adjustment_offsets[r], end = a.adjustment_offsets[r + 1];
+  const float* logits = unadjusted;
+  if (first < end) {
+    float* const adjusted = a.scratch + int64_t{r} * a.vocab;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < a.vocab; i += kThreads) logits[i] = unadjusted[i];
-  __syncthreads();
-  for (int i = a.adjustment_offsets[r] + threadIdx.x; i < a.adjustment_offsets[r + 1];
-       i += kThreads) {
-    const TokenAdjustment adjustment = a.adjustments[i];
-    logits[adjustment.token] = Adjusted(unadjusted[adjustment.token], row, adjustment);
+    for (int i = threadIdx.x; i < a.vocab; i += kThreads) adjusted[i] = unadjusted[i];
+    __syncthreads();
+    for (int i = first + threadIdx.x; i < end; i += kThreads) {
+      const TokenAdjustment adjustment = a.adjustments[i];
+      adjusted[adjustment.token] = Adjusted(unadjusted[adjustment.token], row, adjustment);
+    }
+    __syncthreads();
+    logits = adjusted;
   }
-  __syncthreads();
 
-  const double bad = SumOf(
-      a.vocab, [&](int i) { return isnan(logits[i]) || logits[i] == INFINITY ? 1.0 : 0.0; },
-      shared);
-  const uint64_t best = LargestBelow(logits, a.vocab, ~uint64_t{0}, shared);
+  bool is_bad;
+  const uint64_t best = LikeliestOf(logits, a.vocab, &is_bad, shared);
   const uint32_t best_key = KeyOfRank(best);
   const float largest = LogitOf(best_key);
-  if (bad > 0 || largest == -INFINITY) {
+  if (is_bad || largest == -INFINITY) {
     if (threadIdx.x == 0) a.tokens[r] = -1;
     return;
   }

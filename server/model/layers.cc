@@ -83,7 +83,7 @@ void Model::Impl::MapFeatures(const FeatureMapWeights& map, Rows x, int heads, b
 
 LinearAttentionArgs Model::Impl::RecurrenceArgs(int64_t qk_stride, int64_t v_stride) const {
   LinearAttentionArgs args{};
-  args.state_stride = state.floats;
+  args.state_stride = state.bytes / 4;
   args.num_heads = config.num_heads;
   args.num_kv_heads = config.num_kv_heads;
   args.key_dim = config.feature_dim;
@@ -104,72 +104,108 @@ LinearAttentionArgs Model::Impl::RecurrenceArgs(int64_t qk_stride, int64_t v_str
   return args;
 }
 
-void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, float* states) {
+void Model::Impl::Recurrence(int layer, Rows q, Rows k, Rows v, char* states) {
   LinearAttentionArgs args = RecurrenceArgs(q.stride, v.stride);
-  args.state = states + layer * state.recurrent;
+  char* const slots_begin = states + layer * state.recurrent;
+  const bool unpacks = state.format != StateFormat::kFloat32;
+  args.state = reinterpret_cast<float*>(slots_begin);
+  if (unpacks) {
+    args.state = unpacked.as<float>();
+    args.state_stride = int64_t{state.state_heads} * config.feature_dim * config.head_value_dim;
+  }
   args.workspace = chunk_workspace.data();
   if (config.norm_feature_map) {
-    args.key_sum_state = states + state.key_sums_begin + layer * state.key_sum;
+    args.key_sum_state =
+        reinterpret_cast<float*>(states + state.key_sums_begin + layer * state.key_sum);
   }
-  for (const Run& run : inputs->runs) {
+  for (const Run& run : step->runs) {
     args.q = q.From(run.first_row).data;
     args.k = k.From(run.first_row).data;
     args.v = v.From(run.first_row).data;
     args.o = mixed.From(run.first_row).data;
     if (config.family == ModelFamily::kGla) args.gate = gate.From(run.first_row).data;
     args.seqs = run.seqs;
+    if (unpacks) {
+      args.seqs.read_slots = args.seqs.write_slots = unpacked_slots.as<int32_t>();
+      UnpackStates(device, {.slots_begin = slots_begin,
+                            .slot_stride = state.bytes,
+                            .slots = run.seqs.read_slots,
+                            .states = unpacked.as<float>(),
+                            .num_states = run.seqs.num_seqs,
+                            .heads = state.state_heads,
+                            .key_dim = config.feature_dim,
+                            .value_dim = config.head_value_dim,
+                            .format = state.format});
+    }
     if (run.is_chunkwise) {
       ChunkLinearAttention(device, args);
     } else {
       RecurrentLinearAttention(device, args);
+    }
+    if (unpacks) {
+      PackStates(device, {.states = unpacked.as<float>(),
+                          .slots_begin = slots_begin,
+                          .slot_stride = state.bytes,
+                          .slots = run.seqs.write_slots,
+                          .num_states = run.seqs.num_seqs,
+                          .heads = state.state_heads,
+                          .key_dim = config.feature_dim,
+                          .value_dim = config.head_value_dim,
+                          .format = state.format});
     }
   }
 }
 
 // ---- The two halves of a layer ------------------------------------------------------------------
 
-// residual += o_proj(head_norm(recurrence(q, k, v, gate)) * swish(g)), of attn_norm(residual).
-void Model::Impl::Attention(int layer, int rows, float* states) {
+Model::Impl::Mixed Model::Impl::Mix(int layer, int rows, char* states) {
   const LayerWeights& w = weights.layers[layer];
   const int heads = config.num_heads, kv_heads = config.num_kv_heads;
-  Norm(w.attn_norm, residual, normed, rows);
-  Product(w.in_proj, normed, proj, rows);
-
   Rows qkv = proj;
   if (config.use_short_conv) {
-    ShortConv(device, {.x = proj.data,
-                       .weight = w.conv.as<float>(),
-                       .y = conv.data,
-                       .state = states + state.convs_begin + layer * state.conv,
-                       .state_stride = state.floats,
-                       .seqs = inputs->seqs,
-                       .channels = proj_layout.qkv(),
-                       .width = config.conv_size,
-                       .x_stride = proj.stride,
-                       .y_stride = conv.stride,
-                       .dtype = options.dtype});
+    ShortConv(device,
+              {.x = proj.data,
+               .weight = w.conv.as<float>(),
+               .y = conv.data,
+               .state = reinterpret_cast<float*>(states + state.convs_begin + layer * state.conv),
+               .state_stride = state.bytes / 4,
+               .seqs = step->seqs,
+               .channels = proj_layout.qkv(),
+               .width = config.conv_size,
+               .x_stride = proj.stride,
+               .y_stride = conv.stride,
+               .dtype = options.dtype});
     qkv = conv;
   }
-  Rows q = qkv, k = qkv.Columns(proj_layout.k_begin());
-  const Rows v = qkv.Columns(proj_layout.v_begin());
+  Mixed mix = {qkv, qkv.Columns(proj_layout.k_begin()), qkv.Columns(proj_layout.v_begin())};
   if (maps_features()) {
     const Rows mapped_k = features.Columns(int64_t{heads} * config.feature_dim);
-    MapFeatures(w.q_map, q, heads, config.norm_q, features, rows);
-    MapFeatures(w.k_map, k, kv_heads, config.norm_k, mapped_k, rows);
-    q = features;
-    k = mapped_k;
+    MapFeatures(w.q_map, mix.q, heads, config.norm_q, features, rows);
+    MapFeatures(w.k_map, mix.k, kv_heads, config.norm_k, mapped_k, rows);
+    mix.q = features;
+    mix.k = mapped_k;
   }
   if (config.family == ModelFamily::kRetNet) {
     // Keys follow the queries, so one call turns the heads of both.
-    Rotary(device, {.x = q.data,
-                    .positions = inputs->positions,
+    Rotary(device, {.x = mix.q.data,
+                    .positions = step->positions,
                     .rows = rows,
                     .heads = heads + kv_heads,
                     .dim = config.feature_dim,
-                    .x_stride = q.stride,
+                    .x_stride = mix.q.stride,
                     .bfloat16_frequencies = options.rotary_bfloat16_frequencies,
                     .dtype = options.dtype});
   }
+  return mix;
+}
+
+// residual += o_proj(head_norm(recurrence(q, k, v, gate)) * swish(g)), of attn_norm(residual).
+void Model::Impl::Attention(int layer, int rows, char* states) {
+  const LayerWeights& w = weights.layers[layer];
+  const int heads = config.num_heads;
+  Norm(w.attn_norm, residual, normed, rows);
+  Product(w.in_proj, normed, proj, rows);
+  const Mixed mix = Mix(layer, rows, states);
   if (proj_layout.gate > 0) {
     Product(w.gate_proj, proj.Columns(proj_layout.gate_begin()), gate, rows);
     LogSigmoidGate(device, {.x = static_cast<const float*>(gate.data),
@@ -180,7 +216,7 @@ void Model::Impl::Attention(int layer, int rows, float* states) {
                             .normalizer = config.gate_logit_normalizer,
                             .clamp_min = config.clamp_min ? &*config.clamp_min : nullptr});
   }
-  Recurrence(layer, q, k, v, states);
+  Recurrence(layer, mix.q, mix.k, mix.v, states);
 
   if (!config.output_norm && proj_layout.g == 0) {
     AddProduct(w.out_proj, mixed, rows);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -14,8 +16,11 @@
 namespace gla {
 namespace {
 
-// Floats of a part of a slot, so that every part begins on 256 bytes.
-int64_t Aligned(int64_t floats) { return (floats + 63) / 64 * 64; }
+// Of states in another format, what is unpacked at once.
+constexpr int kUnpackedSeqs = 32;
+
+// Bytes of a part of a slot, so that every part begins on 256.
+int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 AttentionOp OpOf(ModelFamily family) {
   switch (family) {
@@ -39,6 +44,11 @@ absl::Status CheckLimits(const ModelConfig& config, const ModelOptions& options)
         absl::StrCat("max_rows, max_seqs and max_logit_rows: expected at least 1 each, got ",
                      options.max_rows, ", ", options.max_seqs, " and ", options.max_logit_rows));
   }
+  if (options.state_format != StateFormat::kFloat32 && config.norm_feature_map) {
+    return absl::InvalidArgumentError(
+        "state_dtype: expected float32 for a model with a running key sum (norm_feature_map), got "
+        "int16");
+  }
   // Once for all layers and steps: a step trusts its sizes.
   return CheckAttentionShape({.op = OpOf(config.family),
                               .num_heads = config.num_heads,
@@ -50,20 +60,41 @@ absl::Status CheckLimits(const ModelConfig& config, const ModelOptions& options)
                               .normalize = config.norm_feature_map});
 }
 
+// The sequences that are not decode rows.
+StepPlan WithoutDecode(const StepPlan& plan) {
+  const int decode = plan.num_decode;
+  const auto rest = [decode](const auto& all) {
+    return std::decay_t<decltype(all)>(all.begin() + decode, all.end());
+  };
+  StepPlan out;
+  out.tokens = rest(plan.tokens);
+  out.cu_seqlens = rest(plan.cu_seqlens);
+  out.read_slots = rest(plan.read_slots);
+  out.write_slots = rest(plan.write_slots);
+  out.start_positions = rest(plan.start_positions);
+  out.logit_rows = rest(plan.logit_rows);
+  for (int32_t& row : out.cu_seqlens) row -= decode;
+  for (int32_t& row : out.logit_rows) row -= decode;
+  return out;
+}
+
 }  // namespace
 
-StateLayout::StateLayout(const ModelConfig& config)
-    // A decay per query head makes the states of a group differ: one state per query head.
-    : state_heads(config.family == ModelFamily::kRetNet ? config.num_heads : config.num_kv_heads),
-      recurrent(Aligned(int64_t{state_heads} * config.feature_dim * config.head_value_dim)),
-      key_sum(config.norm_feature_map ? Aligned(int64_t{config.num_kv_heads} * config.feature_dim)
-                                      : 0),
+StateLayout::StateLayout(const ModelConfig& config, StateFormat format)
+    : format(format),
+      // A decay per query head makes the states of a group differ: one state per query head.
+      state_heads(config.family == ModelFamily::kRetNet ? config.num_heads : config.num_kv_heads),
+      recurrent(
+          Aligned(StateBytes(format, state_heads, config.feature_dim, config.head_value_dim))),
+      key_sum(config.norm_feature_map
+                  ? Aligned(int64_t{4} * config.num_kv_heads * config.feature_dim)
+                  : 0),
       conv(config.use_short_conv
-               ? Aligned(int64_t{config.conv_size - 1} * ProjectionLayout(config).qkv())
+               ? Aligned(int64_t{4} * (config.conv_size - 1) * ProjectionLayout(config).qkv())
                : 0),
       key_sums_begin(config.num_layers * recurrent),
       convs_begin(key_sums_begin + config.num_layers * key_sum),
-      floats(convs_begin + config.num_layers * conv) {}
+      bytes(convs_begin + config.num_layers * conv) {}
 
 Rows Model::Impl::AllocateRows(int64_t rows, int64_t width, DType dtype) {
   if (out_of_memory) return {};
@@ -74,10 +105,14 @@ Rows Model::Impl::AllocateRows(int64_t rows, int64_t width, DType dtype) {
 
 absl::Status Model::Impl::Allocate() {
   const DType act = options.dtype;
-  const int64_t rows = options.max_rows, logit_rows = options.max_logit_rows;
+  // Decode rows are run in rounded numbers.
+  const int64_t decode_rows = decode_kernels == nullptr ? 0 : RoundedDecodeRows(options.max_seqs);
+  const int64_t rows = std::max<int64_t>(options.max_rows, decode_rows);
+  const int64_t logit_rows = std::max<int64_t>(options.max_logit_rows, decode_rows);
   const int64_t hidden = config.hidden_size, heads = config.num_heads;
   residual = AllocateRows(rows, hidden, DType::kFloat32);
   normed = AllocateRows(std::max(rows, logit_rows), hidden, act);
+  if (decode_rows > 0) squares = AllocateRows(decode_rows, (hidden + 15) / 16, DType::kFloat32);
   proj = AllocateRows(rows, proj_layout.width(), act);
   if (config.use_short_conv) conv = AllocateRows(rows, proj_layout.qkv(), act);
   if (maps_features()) {
@@ -105,9 +140,27 @@ absl::Status Model::Impl::Allocate() {
     chunk_workspace = DeviceBuffer(device, ChunkLinearAttentionBytes(device, args));
     out_of_memory = !chunk_workspace.ok();
   }
+  if (!out_of_memory && state.format != StateFormat::kFloat32) {
+    const int seqs = std::min(options.max_seqs, kUnpackedSeqs);
+    std::vector<int32_t> slots(seqs);
+    std::iota(slots.begin(), slots.end(), 0);
+    unpacked = DeviceBuffer(
+        device, seqs * static_cast<size_t>(StateBytes(StateFormat::kFloat32, state.state_heads,
+                                                      config.feature_dim, config.head_value_dim)));
+    unpacked_slots = DeviceBuffer(device, slots.size() * sizeof(int32_t));
+    out_of_memory = !unpacked.ok() || !unpacked_slots.ok();
+    if (!out_of_memory) {
+      device.Upload(unpacked_slots.data(), slots.data(), unpacked_slots.bytes());
+    }
+  }
   if (!out_of_memory) {
     inputs.emplace(device, options.max_rows, options.max_seqs, options.max_logit_rows);
     out_of_memory = !inputs->ok();
+  }
+  if (!out_of_memory && decode_rows > 0) {
+    decode_inputs.emplace(device, static_cast<int>(decode_rows));
+    out_of_memory = !decode_inputs->ok();
+    is_fused = ServesFusedDecode();
   }
   if (!out_of_memory) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("no device memory for the activations of ", rows,
@@ -115,7 +168,7 @@ absl::Status Model::Impl::Allocate() {
                                                    device.memory_free(), " bytes are free"));
 }
 
-const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* finite) {
+const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* finite) {
   const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   if (rows > options.max_rows || plan.num_seqs() > options.max_seqs ||
       logit_rows > options.max_logit_rows) {
@@ -125,11 +178,44 @@ const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* 
                  options.max_logit_rows);
     std::abort();
   }
+  const int decode = decode_inputs.has_value() ? plan.num_decode : 0;
+  if (decode > 0) ForwardDecode(plan, states);
+  if (decode == 0) {
+    ForwardRows(plan, states, finite, 0);
+  } else if (decode < plan.num_seqs()) {
+    ForwardRows(WithoutDecode(plan), states, finite == nullptr ? nullptr : finite + decode, decode);
+  }
+  return static_cast<const float*>(logits.data);
+}
+
+void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite,
+                              int first_logit) {
+  const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   // The normalized form keeps a running key sum, which only the recurrent kernel has.
   const bool chunkwise =
       options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
-  inputs->Set(plan, chunkwise);
-  Embed(device, {.tokens = inputs->tokens,
+  const bool unpacks = state.format != StateFormat::kFloat32;
+  inputs->Set(plan, chunkwise, unpacks ? kUnpackedSeqs : options.max_seqs);
+  step = &*inputs;
+  Layers(rows, states);
+  if (finite != nullptr) {
+    FiniteRows(device, {.x = static_cast<const float*>(residual.data),
+                        .finite = finite,
+                        .rows = rows,
+                        .dim = config.hidden_size});
+  }
+  // Only the rows whose logits are wanted pay for the vocabulary.
+  GatherRows(device, {.x = static_cast<const float*>(residual.data),
+                      .rows = step->logit_rows,
+                      .y = static_cast<float*>(last.data),
+                      .num_rows = logit_rows,
+                      .dim = config.hidden_size});
+  Norm(weights.norm, last, normed, logit_rows);
+  Product(weights.lm_head, normed, logits.From(first_logit), logit_rows);
+}
+
+void Model::Impl::Layers(int rows, char* states) {
+  Embed(device, {.tokens = step->tokens,
                  .table = weights.embeddings.data(),
                  .y = static_cast<float*>(residual.data),
                  .rows = rows,
@@ -139,21 +225,6 @@ const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* 
     Attention(layer, rows, states);
     Mlp(weights.layers[layer], rows);
   }
-  if (finite != nullptr) {
-    FiniteRows(device, {.x = static_cast<const float*>(residual.data),
-                        .finite = finite,
-                        .rows = rows,
-                        .dim = config.hidden_size});
-  }
-  // Only the rows whose logits are wanted pay for the vocabulary.
-  GatherRows(device, {.x = static_cast<const float*>(residual.data),
-                      .rows = inputs->logit_rows,
-                      .y = static_cast<float*>(last.data),
-                      .num_rows = logit_rows,
-                      .dim = config.hidden_size});
-  Norm(weights.norm, last, normed, logit_rows);
-  Product(weights.lm_head, normed, logits, logit_rows);
-  return static_cast<const float*>(logits.data);
 }
 
 // ---- Model --------------------------------------------------------------------------------------
@@ -190,14 +261,14 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Random(Device& device, const Model
 
 const ModelConfig& Model::config() const { return impl_->config; }
 const ModelOptions& Model::options() const { return impl_->options; }
-int64_t Model::state_floats() const { return impl_->state.floats; }
+int64_t Model::state_bytes() const { return impl_->state.bytes; }
 int64_t Model::weight_bytes() const { return impl_->weights.bytes(); }
 int64_t Model::embedding_bytes() const {
   return static_cast<int64_t>(impl_->weights.embeddings.bytes());
 }
 
-const float* Model::Forward(const StepPlan& plan, float* states, int32_t* finite) {
-  return impl_->Forward(plan, states, finite);
+const float* Model::Forward(const StepPlan& plan, void* states, int32_t* finite) {
+  return impl_->Forward(plan, static_cast<char*>(states), finite);
 }
 
 }  // namespace gla

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/device.h"
+#include "kernels/kernels.h"
 #include "model/checkpoint.h"
 #include "model/model_config.h"
 #include "model/step_plan.h"
@@ -27,6 +28,11 @@ struct ModelOptions {
   // How runs of more than one token are computed. kRecurrent: bits do not depend on how a text is
   // cut into steps and turns. kChunkwise: tiles of tokens, equal up to rounding.
   PrefillForm prefill_form = PrefillForm::kRecurrent;
+  // How states rest in their slots; arithmetic on them is float32.
+  StateFormat state_format = StateFormat::kFloat32;
+  // GPU: the decode rows of a step are replayed from a recording of their kernels (a CUDA graph,
+  // one for each of a few numbers of rows). False: queued anew in every step.
+  bool record_decode = true;
   // RetNet: rotary frequencies rounded to bfloat16, as in an fla model that was cast to bfloat16
   // and back. False: exact, as in one that was loaded by from_pretrained.
   bool rotary_bfloat16_frequencies = false;
@@ -46,20 +52,19 @@ class Model {
 
   const ModelConfig& config() const;
   const ModelOptions& options() const;
-  // One slot: all layers' states, float32, one after another.
-  int64_t state_floats() const;
-  int64_t state_bytes() const { return state_floats() * 4; }
+  // One slot: all layers' states one after another, a multiple of 256.
+  int64_t state_bytes() const;
   int64_t weight_bytes() const;
   // The embedding table, counted in weight_bytes(): a step reads one row of it per token.
   int64_t embedding_bytes() const;
 
-  // Runs the plan over the state slots at `states` (device memory; slot s at s * state_floats())
+  // Runs the plan over the state slots at `states` (device memory; slot s at s * state_bytes())
   // and returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued,
   // not waited for. `finite` (device memory [T], or null) receives for each row 1 when what the
   // layers made of it is finite, else 0. A state with a value that is not finite makes every later
   // row of its sequence so: rows that are finite mean a sound state.
   // REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
-  const float* Forward(const StepPlan& plan, float* states, int32_t* finite = nullptr);
+  const float* Forward(const StepPlan& plan, void* states, int32_t* finite = nullptr);
 
  private:
   struct Impl;

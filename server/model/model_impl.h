@@ -2,14 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/decode.h"
 #include "kernels/device.h"
 #include "kernels/kernels.h"
+#include "model/decode_inputs.h"
 #include "model/model.h"
 #include "model/rows.h"
 #include "model/step_inputs.h"
@@ -17,19 +20,25 @@
 
 namespace gla {
 
-// One slot: every layer's recurrent state, then the key sums, then the convolutions' states.
+// One slot: every layer's recurrent state, then the key sums, then the convolutions' states. In
+// bytes; every part begins on 256.
 struct StateLayout {
-  explicit StateLayout(const ModelConfig& config);
+  StateLayout(const ModelConfig& config, StateFormat format);
 
+  StateFormat format;                // of the recurrent states; the others are float32
   int state_heads;                   // of LinearAttentionArgs
-  int64_t recurrent, key_sum, conv;  // floats per layer
+  int64_t recurrent, key_sum, conv;  // per layer
   int64_t key_sums_begin, convs_begin;
-  int64_t floats;
+  int64_t bytes;
 };
 
 struct Model::Impl {
   Impl(Device& device, const ModelConfig& config, const ModelOptions& options)
-      : device(device), config(config), options(options), proj_layout(config), state(config) {}
+      : device(device),
+        config(config),
+        options(options),
+        proj_layout(config),
+        state(config, options.state_format) {}
 
   static absl::StatusOr<std::unique_ptr<Model>> Build(Device& device, const ModelConfig& config,
                                                       const ModelOptions& options,
@@ -39,8 +48,19 @@ struct Model::Impl {
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
 
-  const float* Forward(const StepPlan& plan, float* states, int32_t* finite);
-  void Attention(int layer, int rows, float* states);
+  const float* Forward(const StepPlan& plan, char* states, int32_t* finite);
+  // All rows of the plan by the kernels of kernels.h; logits from row `first_logit` on.
+  void ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit);
+  void Layers(int rows, char* states);
+  // The plan's decode rows, recorded; see decode.cc.
+  void ForwardDecode(const StepPlan& plan, char* states);
+  void QueueDecode(int rows, char* states);
+  void QueueFusedDecode(int rows, char* states);
+  DecodeProductArgs FusedProduct(const PackedWeight& weight, Rows x, bool normed) const;
+  DecodeAttentionArgs FusedAttention(int layer, char* states) const;
+  bool ServesFusedDecode() const;
+
+  void Attention(int layer, int rows, char* states);
   void Mlp(const LayerWeights& w, int rows);
   void Norm(const DeviceBuffer& weight, Rows x, Rows y, int rows);
   void Product(const PackedWeight& weight, Rows x, Rows y, int rows,
@@ -50,7 +70,12 @@ struct Model::Impl {
                    int rows);
   // All that is the same for every layer and run.
   LinearAttentionArgs RecurrenceArgs(int64_t qk_stride, int64_t v_stride) const;
-  void Recurrence(int layer, Rows q, Rows k, Rows v, float* states);
+  void Recurrence(int layer, Rows q, Rows k, Rows v, char* states);
+  // Queries, keys and values of a layer from its projection, which they overwrite in part.
+  struct Mixed {
+    Rows q, k, v;
+  };
+  Mixed Mix(int layer, int rows, char* states);
 
   bool maps_features() const {
     return config.feature_map != QkMap::kNone || config.norm_q || config.norm_k;
@@ -64,16 +89,27 @@ struct Model::Impl {
   ModelWeights weights;
 
   std::optional<StepInputs> inputs;
+  std::optional<DecodeInputs> decode_inputs;
+  const StepView* step = nullptr;  // what is being queued: one of the two above
+  // Kernels of their own for decode rows, and whether they serve this model.
+  const DecodeKernels* const decode_kernels = DecodeKernels::Get();
+  bool is_fused = false;
+  std::map<int, Recording> recordings;  // by rows
+  const void* recorded_states = nullptr;
+
   std::vector<DeviceBuffer> buffers;  // the memory of the activations below
   bool out_of_memory = false;
   Rows residual;                 // [T, D] float32
   Rows normed;                   // [T, D]
+  Rows squares;                  // [T, D / 16] float32, see kernels/decode.h
   Rows proj;                     // [T, q | k | v | g | gk_proj.0]
   Rows conv;                     // [T, q | k | v]
   Rows features;                 // [T, q | k] after the feature map
   Rows head_in, head_1, head_2;  // [T * H, head_key_dim], inside a feature map
   Rows gate;                     // [T, G * K] float32
   DeviceBuffer chunk_workspace;  // of the chunkwise form
+  DeviceBuffer unpacked;         // states of a run, float32, when they rest in another format
+  DeviceBuffer unpacked_slots;   // 0, 1, 2, ..
   Rows mixed;                    // [T, H * V]
   Rows mixed_normed;             // [T, H * V]
   Rows gate_up;                  // [T, 2 * intermediate]

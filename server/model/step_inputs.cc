@@ -17,13 +17,14 @@ struct Range {
   bool is_chunkwise;
 };
 
-std::vector<Range> CutIntoRanges(const StepPlan& plan, bool chunkwise) {
-  const int num_seqs = plan.num_seqs();
-  if (!chunkwise) return {{0, num_seqs, false}};
+std::vector<Range> CutIntoRanges(const StepPlan& plan, bool chunkwise, int max_run_seqs) {
   std::vector<Range> ranges;
-  for (int n = 0; n < num_seqs; ++n) {
-    const bool is_long = plan.cu_seqlens[n + 1] - plan.cu_seqlens[n] > 1;
-    if (ranges.empty() || ranges.back().is_chunkwise != is_long) ranges.push_back({n, n, is_long});
+  for (int n = 0; n < plan.num_seqs(); ++n) {
+    const bool in_tiles = chunkwise && n >= plan.num_decode;
+    if (ranges.empty() || ranges.back().is_chunkwise != in_tiles ||
+        n - ranges.back().first == max_run_seqs) {
+      ranges.push_back({n, n, in_tiles});
+    }
     ranges.back().end = n + 1;
   }
   return ranges;
@@ -36,7 +37,7 @@ StepInputs::StepInputs(Device& device, int max_rows, int max_seqs, int max_logit
       buffer_(device, sizeof(int64_t) * Capacity(max_rows, max_seqs, max_logit_rows)),
       staging_(Capacity(max_rows, max_seqs, max_logit_rows)) {}
 
-void StepInputs::Set(const StepPlan& plan, bool chunkwise) {
+void StepInputs::Set(const StepPlan& plan, bool chunkwise, int max_run_seqs) {
   const int num_rows = plan.num_rows();
   const int num_seqs = plan.num_seqs();
   const std::vector<int32_t>& cu = plan.cu_seqlens;
@@ -74,7 +75,7 @@ void StepInputs::Set(const StepPlan& plan, bool chunkwise) {
   };
   seqs = sequences(0, num_seqs);
   runs.clear();
-  for (const Range& range : CutIntoRanges(plan, chunkwise)) {
+  for (const Range& range : CutIntoRanges(plan, chunkwise, max_run_seqs)) {
     const bool is_all = range.first == 0 && range.end == num_seqs;
     runs.push_back(
         {is_all ? seqs : sequences(range.first, range.end), cu[range.first], range.is_chunkwise});

@@ -17,22 +17,26 @@ struct Run {
   bool is_chunkwise = false;
 };
 
-class StepInputs {
+// Where the kernels of a step find its rows and sequences.
+struct StepView {
+  const int32_t* tokens = nullptr;      // [T]
+  const int64_t* positions = nullptr;   // [T] of each row in its session
+  const int32_t* logit_rows = nullptr;  // [R]
+  Sequences seqs;                       // all of the step
+  std::vector<Run> runs;
+};
+
+class StepInputs : public StepView {
  public:
   // Room for plans of at most this many rows, sequences and logit rows; see ok().
   StepInputs(Device& device, int max_rows, int max_seqs, int max_logit_rows);
   bool ok() const { return buffer_.ok(); }
 
-  // Queues the upload. With `chunkwise` every sequence of more than one row is in a chunkwise run,
-  // otherwise there is one run of the recurrent form. The form of a sequence depends on its own
-  // length alone, so its bits do too. What the members below point to is valid until the next Set.
-  void Set(const StepPlan& plan, bool chunkwise);
-
-  const int32_t* tokens = nullptr;      // [T]
-  const int64_t* positions = nullptr;   // [T] of each row in its session
-  const int32_t* logit_rows = nullptr;  // [R]
-  Sequences seqs;                       // all of the plan
-  std::vector<Run> runs;
+  // Queues the upload. With `chunkwise` the sequences that are not decode rows are in chunkwise
+  // runs, otherwise all are in runs of the recurrent form: the form does not depend on the other
+  // sequences of the plan, so the bits do not. A run has at most `max_run_seqs` sequences. What the
+  // members point to is valid until the next Set.
+  void Set(const StepPlan& plan, bool chunkwise, int max_run_seqs);
 
  private:
   Device& device_;

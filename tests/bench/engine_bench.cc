@@ -188,7 +188,7 @@ class Bench {
   }
 
   void Step(const StepPlan& plan) {
-    const float* logits = model_.Forward(plan, states_.as<float>());
+    const float* logits = model_.Forward(plan, states_.data());
     Sample(device_, {.logits = logits,
                      .rows = rows_.as<SampleRow>(),
                      .adjustments = nullptr,
@@ -202,7 +202,7 @@ class Bench {
   }
 
   absl::Status CheckFinite(const StepPlan& plan) {
-    const float* logits = model_.Forward(plan, states_.as<float>());
+    const float* logits = model_.Forward(plan, states_.data());
     std::vector<float> host(plan.logit_rows.size() * model_.config().vocab_size);
     device_.Download(host.data(), logits, host.size() * sizeof(float));
     for (size_t i = 0; i < host.size(); ++i) {

@@ -49,17 +49,18 @@ class Feeder {
   }
 
   std::vector<float> Run(const StepPlan& plan) {
-    const float* logits = model_->Forward(plan, states_.as<float>());
+    const float* logits = model_->Forward(plan, states_.data());
     std::vector<float> host(plan.logit_rows.size() * model_->config().vocab_size);
     device_->Download(host.data(), logits, host.size() * sizeof(float));
     return host;
   }
 
-  float* states() const { return states_.as<float>(); }
+  void* states() const { return states_.data(); }
+  // The bytes of a slot, as floats whatever they are.
   std::vector<float> State(int slot) const {
-    std::vector<float> host(model_->state_floats());
-    device_->Download(host.data(), states() + slot * model_->state_floats(),
-                      host.size() * sizeof(float));
+    const int64_t bytes = model_->state_bytes();
+    std::vector<float> host(bytes / sizeof(float));
+    device_->Download(host.data(), states_.as<char>() + slot * bytes, bytes);
     return host;
   }
 

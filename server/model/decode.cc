@@ -1,0 +1,165 @@
+// The decode rows of a step: one token for each of many sequences.
+//
+// On a GPU such a step is bound by launches and by the bytes of weights and states. So its rows run
+// by themselves, in rounded numbers, from a recording of their kernels, and where they serve the
+// model by the fused kernels of kernels/decode.h: five to a layer.
+#include <cmath>
+
+#include "model/model_impl.h"
+
+namespace gla {
+
+void Model::Impl::ForwardDecode(const StepPlan& plan, char* states) {
+  const int rows = RoundedDecodeRows(plan.num_decode);
+  step = &*decode_inputs;
+  if (!options.record_decode) {
+    decode_inputs->Set(plan);
+    return QueueDecode(rows, states);
+  }
+  if (states != recorded_states) {
+    recordings.clear();
+    recorded_states = states;
+  }
+  auto recording = recordings.find(rows);
+  if (recording == recordings.end()) {
+    // A first run outside of the recording, on rows that touch no slot, loads the kernels' code.
+    decode_inputs->SetEmpty(rows);
+    QueueDecode(rows, states);
+    const auto work = [this, rows, states] { QueueDecode(rows, states); };
+    recording = recordings.emplace(rows, Recording(device, work)).first;
+  }
+  decode_inputs->Set(plan);
+  recording->second.Replay();
+}
+
+void Model::Impl::QueueDecode(int rows, char* states) {
+  if (is_fused) return QueueFusedDecode(rows, states);
+  Layers(rows, states);
+  Norm(weights.norm, residual, normed, rows);
+  Product(weights.lm_head, normed, logits, rows);
+}
+
+// ---- Fused --------------------------------------------------------------------------------------
+
+// A product of `x`; `normed`: of what the residual's last kernel left in `normed` and `squares`.
+DecodeProductArgs Model::Impl::FusedProduct(const PackedWeight& weight, Rows x, bool normed) const {
+  DecodeProductArgs args{};
+  args.x = x.data;
+  args.x_stride = x.stride;
+  if (normed) args.squares = static_cast<const float*>(squares.data);
+  args.eps = config.norm_eps;
+  args.weight = &weight;
+  return args;
+}
+
+DecodeAttentionArgs Model::Impl::FusedAttention(int layer, char* states) const {
+  const LayerWeights& w = weights.layers[layer];
+  DecodeAttentionArgs args{};
+  if (config.family == ModelFamily::kGla) {
+    const Rows gate_in = proj.Columns(proj_layout.gate_begin());
+    args.gate_kind = GateKind::kPerKey;
+    args.gate_in = gate_in.data;
+    args.gate_in_stride = gate_in.stride;
+    args.gate_weight = &w.gate_proj;
+    args.gate_bias = w.gate_bias.as<float>();
+    args.gate_normalizer = config.gate_logit_normalizer;
+    args.gate_clamp_min = config.clamp_min ? &*config.clamp_min : nullptr;
+  } else if (config.family == ModelFamily::kRetNet) {
+    args.gate_kind = GateKind::kConstant;
+    args.decay = weights.decay.as<float>();
+  }
+  args.state = states + layer * state.recurrent;
+  args.state_format = state.format;
+  args.state_stride = state.bytes;
+  args.num_heads = config.num_heads;
+  args.num_kv_heads = config.num_kv_heads;
+  args.key_dim = config.feature_dim;
+  args.value_dim = config.head_value_dim;
+  args.state_heads = state.state_heads;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(config.feature_dim));
+  args.normalize = config.output_norm;
+  args.norm_weight = w.head_norm.as<float>();
+  args.eps = config.norm_eps;
+  if (proj_layout.g > 0) {
+    args.output_gate = proj.Columns(proj_layout.g_begin()).data;
+    args.output_gate_stride = proj.stride;
+  }
+  args.y = mixed_normed.data;
+  args.y_stride = mixed_normed.stride;
+  return args;
+}
+
+bool Model::Impl::ServesFusedDecode() const {
+  if (options.dtype != DType::kBFloat16 || weights.embeddings_dtype != DType::kBFloat16 ||
+      config.norm_feature_map || config.hidden_size % 16 != 0) {
+    return false;
+  }
+  const LayerWeights& w = weights.layers[0];
+  DecodeProductArgs store = FusedProduct(w.in_proj, normed, true);
+  DecodeProductArgs head = FusedProduct(weights.lm_head, normed, true);
+  head.y_dtype = DType::kFloat32;
+  DecodeProductArgs add = FusedProduct(w.out_proj, mixed_normed, false);
+  DecodeProductArgs down = FusedProduct(w.down, mlp, false);
+  add.epilogue = down.epilogue = DecodeEpilogue::kResidual;
+  DecodeProductArgs swiglu = FusedProduct(w.gate_up, normed, true);
+  swiglu.epilogue = DecodeEpilogue::kSwiGlu;
+  return decode_kernels->Serves(store) && decode_kernels->Serves(head) &&
+         decode_kernels->Serves(add) && decode_kernels->Serves(down) &&
+         decode_kernels->Serves(swiglu) && decode_kernels->Serves(FusedAttention(0, nullptr));
+}
+
+void Model::Impl::QueueFusedDecode(int rows, char* states) {
+  float* const stream = static_cast<float*>(residual.data);
+  float* const sums = static_cast<float*>(squares.data);
+  decode_kernels->Embed(device, {.tokens = step->tokens,
+                                 .table = weights.embeddings.data(),
+                                 .norm = weights.layers[0].attn_norm.as<float>(),
+                                 .residual = stream,
+                                 .x = normed.data,
+                                 .squares = sums,
+                                 .rows = rows,
+                                 .dim = config.hidden_size});
+  const auto store = [&](const PackedWeight& weight, Rows x, bool is_normed, Rows y,
+                         DecodeEpilogue epilogue) {
+    DecodeProductArgs args = FusedProduct(weight, x, is_normed);
+    args.epilogue = epilogue;
+    args.y = y.data;
+    args.y_dtype = y.dtype;
+    args.y_stride = y.stride;
+    args.rows = rows;
+    decode_kernels->Product(device, args);
+  };
+  const auto add = [&](const PackedWeight& weight, Rows x, const DeviceBuffer& next_norm) {
+    DecodeProductArgs args = FusedProduct(weight, x, false);
+    args.epilogue = DecodeEpilogue::kResidual;
+    args.residual = stream;
+    args.next_norm = next_norm.as<float>();
+    args.next_x = normed.data;
+    args.next_squares = sums;
+    args.rows = rows;
+    decode_kernels->Product(device, args);
+  };
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const LayerWeights& w = weights.layers[layer];
+    const bool is_last = layer + 1 == config.num_layers;
+    store(w.in_proj, normed, true, proj, DecodeEpilogue::kStore);
+    const Mixed mix = Mix(layer, rows, states);
+    DecodeAttentionArgs attention = FusedAttention(layer, states);
+    attention.q = mix.q.data;
+    attention.k = mix.k.data;
+    attention.v = mix.v.data;
+    attention.q_stride = mix.q.stride;
+    attention.k_stride = mix.k.stride;
+    attention.v_stride = mix.v.stride;
+    attention.read_slots = step->seqs.read_slots;
+    attention.write_slots = step->seqs.write_slots;
+    attention.rows = rows;
+    decode_kernels->Attention(device, attention);
+    add(w.out_proj, mixed_normed, w.mlp_norm);
+    store(w.gate_up, normed, true, mlp, DecodeEpilogue::kSwiGlu);
+    add(w.down, mlp, is_last ? weights.norm : weights.layers[layer + 1].attn_norm);
+  }
+  store(weights.lm_head, normed, true, logits, DecodeEpilogue::kStore);
+}
+
+}  // namespace gla
