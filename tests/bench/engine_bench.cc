@@ -32,9 +32,10 @@ namespace gla {
 namespace {
 
 constexpr char kUsage[] =
-    "usage: gla-bench-engine [--config gla-340m|gla-1.3b|bard-6m | --model DIR]\n"
-    "  [--dtype float32|bfloat16] [--seqs 1,64,256] [--prompt 512,2048] [--steps 50]\n"
-    "  [--prefill-form recurrent|chunkwise] [--threads N] [--backend cpu|cuda] [--json]\n";
+    "usage: gla-bench-engine [--config gla-340m|gla-1.3b|gla-2.7b|bard-6m | --model DIR]\n"
+    "  [--dtype float32|bfloat16] [--state-dtype float32|int16] [--seqs 1,64,256]\n"
+    "  [--prompt 512,2048] [--steps 50] [--prefill-form recurrent|chunkwise]\n"
+    "  [--record yes|no] [--threads N] [--backend cpu|cuda] [--json]\n";
 
 struct NamedConfig {
   const char* name;
@@ -45,6 +46,8 @@ constexpr NamedConfig kConfigs[] = {
                      "num_heads": 4, "intermediate_size": 2816, "tie_word_embeddings": true})"},
     {"gla-1.3b", R"({"model_type": "gla", "hidden_size": 2048, "num_hidden_layers": 24,
                      "num_heads": 4, "intermediate_size": 5632})"},
+    {"gla-2.7b", R"({"model_type": "gla", "hidden_size": 2560, "num_hidden_layers": 32,
+                     "num_heads": 4, "intermediate_size": 6912})"},
     {"bard-6m", R"({"model_type": "gla", "hidden_size": 256, "num_hidden_layers": 6,
                     "num_heads": 4, "vocab_size": 2048})"},
 };
@@ -56,7 +59,10 @@ struct Flags {
   std::vector<int> seqs = {1, 64, 256};
   std::vector<int> prompts = {512, 2048};
   int steps = 50;
-  PrefillForm form = PrefillForm::kRecurrent;
+  PrefillForm form =
+      std::string(Device::backend()) == "cuda" ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
+  StateFormat state = StateFormat::kFloat32;
+  bool record = true;
   int threads = 0;
   std::string backend = Device::backend();
   bool json = false;
@@ -89,6 +95,10 @@ bool Parse(int argc, char** argv, Flags& flags) {
       flags.dtype = value == "float32" ? DType::kFloat32 : DType::kBFloat16;
     } else if (arg == "--prefill-form" && (value == "recurrent" || value == "chunkwise")) {
       flags.form = value == "recurrent" ? PrefillForm::kRecurrent : PrefillForm::kChunkwise;
+    } else if (arg == "--state-dtype" && (value == "float32" || value == "int16")) {
+      flags.state = value == "int16" ? StateFormat::kInt16 : StateFormat::kFloat32;
+    } else if (arg == "--record" && (value == "yes" || value == "no")) {
+      flags.record = value == "yes";
     } else if (arg == "--backend" && (value == "cpu" || value == "cuda")) {
       flags.backend = value;
     } else if (arg == "--seqs") {
@@ -220,7 +230,10 @@ class Bench {
 };
 
 absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& flags) {
-  ModelOptions options{.dtype = flags.dtype, .prefill_form = flags.form};
+  ModelOptions options{.dtype = flags.dtype,
+                       .prefill_form = flags.form,
+                       .state_format = flags.state,
+                       .record_decode = flags.record};
   options.max_seqs = options.max_logit_rows = options.max_rows = 1;
   for (const int seqs : flags.seqs) options.max_seqs = std::max(options.max_seqs, seqs);
   options.max_logit_rows = options.max_rows = options.max_seqs;
@@ -249,17 +262,19 @@ absl::Status Run(const Flags& flags) {
   if (copy_rate == 0) return absl::ResourceExhaustedError("no memory to measure a copy");
   GLA_ASSIGN_OR_RETURN(const auto bench, Bench::Create(*device, *model, model->options().max_seqs));
   const std::string name = flags.model.empty() ? flags.config : flags.model;
-  nlohmann::json report = {{"model", name},
-                           {"parameters", model->config().num_parameters()},
-                           {"weight_bytes", model->weight_bytes()},
-                           {"state_bytes", model->state_bytes()},
-                           {"dtype", NameOf(flags.dtype)},
-                           {"backend", Device::backend()},
-                           {"device", device->name()},
-                           {"build_seconds", build_seconds},
-                           {"copy_bytes_per_second", copy_rate},
-                           {"decode", nlohmann::json::array()},
-                           {"prefill", nlohmann::json::array()}};
+  nlohmann::json report = {
+      {"model", name},
+      {"parameters", model->config().num_parameters()},
+      {"weight_bytes", model->weight_bytes()},
+      {"state_bytes", model->state_bytes()},
+      {"dtype", NameOf(flags.dtype)},
+      {"state_dtype", flags.state == StateFormat::kInt16 ? "int16" : "float32"},
+      {"backend", Device::backend()},
+      {"device", device->name()},
+      {"build_seconds", build_seconds},
+      {"copy_bytes_per_second", copy_rate},
+      {"decode", nlohmann::json::array()},
+      {"prefill", nlohmann::json::array()}};
   if (!flags.json) {
     std::printf("%s: %.1f M parameters, %s, state %.2f MiB, on %s (%s), built in %.1f s\n",
                 name.c_str(), model->config().num_parameters() / 1e6, NameOf(flags.dtype),

@@ -100,5 +100,20 @@ TEST(Device, ManySmallCallsAfterPausesAllFinish) {
   }
 }
 
+TEST(Recording, DoesItsWorkAtEachReplayOnWhatIsThereThen) {
+  DeviceBuffer x = Upload(std::vector<float>(64, 1.0f)), y = Poisoned(64, DType::kFloat32);
+  Device& device = TestDevice();
+  const auto work = [&] { device.Copy(y.data(), x.data(), x.bytes()); };
+  Recording recording(device, work);
+  EXPECT_TRUE(std::isnan(Download<float>(y, 64)[0]));  // recorded, not done
+  recording.Replay();
+  EXPECT_EQ(Download<float>(y, 64), std::vector<float>(64, 1.0f));
+  const std::vector<float> two(64, 2.0f);
+  device.Upload(x.data(), two.data(), x.bytes());
+  Recording moved = std::move(recording);
+  moved.Replay();
+  EXPECT_EQ(Download<float>(y, 64), two);
+}
+
 }  // namespace
 }  // namespace gla

@@ -28,9 +28,11 @@ class Feeder {
     return absl::ResourceExhaustedError("no device memory for the states");
   }
 
-  // One step of the model; the logits' rows one after another.
-  std::vector<float> Step(const std::vector<Feed>& feeds, LogitRows rows) {
+  // One step of the model; the logits' rows one after another. The first `num_decode` feeds, of one
+  // token each, are decode rows.
+  std::vector<float> Step(const std::vector<Feed>& feeds, LogitRows rows, int num_decode = 0) {
     StepPlan plan;
+    plan.num_decode = num_decode;
     for (const Feed& feed : feeds) {
       int64_t& position = positions_[feed.slot];
       if (feed.fresh) position = 0;

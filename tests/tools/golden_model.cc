@@ -15,6 +15,7 @@ namespace {
 
 constexpr double kMaxAbs = 1e-3;
 constexpr double kBFloat16Ratio = 0.02;
+constexpr double kInt16StateRatio = 0.002;  // float32 but for the states
 
 struct Expected {
   int64_t batch = 0, length = 0, vocab = 0, generated = 0;
@@ -58,7 +59,10 @@ absl::StatusOr<Expected> ReadExpected(const std::string& folder, const ModelConf
 }
 
 // Feeds every row, `piece` tokens of each at a time, and puts the logits in the reference's order.
+// 0: token by token, as decode rows.
 std::vector<float> LogitsInPieces(Feeder& feeder, const Expected& expected, int64_t piece) {
+  const int num_decode = piece == 0 ? static_cast<int>(expected.batch) : 0;
+  piece = std::max<int64_t>(piece, 1);
   std::vector<float> logits(expected.logits.size());
   for (int64_t start = 0; start < expected.length; start += piece) {
     const int64_t count = std::min(piece, expected.length - start);
@@ -67,7 +71,7 @@ std::vector<float> LogitsInPieces(Feeder& feeder, const Expected& expected, int6
       const auto from = expected.input_ids[b].begin() + start;
       feeds.push_back({static_cast<int>(b), {from, from + count}, start == 0});
     }
-    const std::vector<float> got = feeder.Step(feeds, LogitRows::kAll);
+    const std::vector<float> got = feeder.Step(feeds, LogitRows::kAll, num_decode);
     for (int64_t b = 0; b < expected.batch; ++b) {
       std::copy_n(got.begin() + b * count * expected.vocab, count * expected.vocab,
                   logits.begin() + (b * expected.length + start) * expected.vocab);
@@ -76,7 +80,8 @@ std::vector<float> LogitsInPieces(Feeder& feeder, const Expected& expected, int6
   return logits;
 }
 
-// How many of the greedy tokens differ, each row continued from its last logits and state.
+// How many of the greedy tokens differ, each row continued from its last logits and state by decode
+// rows.
 int64_t GreedyMismatches(Feeder& feeder, const Expected& expected,
                          const std::vector<float>& logits) {
   std::vector<int32_t> next(expected.batch);
@@ -90,7 +95,8 @@ int64_t GreedyMismatches(Feeder& feeder, const Expected& expected,
       mismatches += next[b] != expected.greedy[b * expected.generated + i];
       feeds.push_back({static_cast<int>(b), {std::max(next[b], 0)}});
     }
-    const std::vector<float> got = feeder.Step(feeds, LogitRows::kLast);
+    const std::vector<float> got =
+        feeder.Step(feeds, LogitRows::kLast, static_cast<int>(expected.batch));
     for (int64_t b = 0; b < expected.batch; ++b) {
       next[b] = ArgMax(&got[b * expected.vocab], expected.vocab);
     }
@@ -100,8 +106,10 @@ int64_t GreedyMismatches(Feeder& feeder, const Expected& expected,
 
 struct Way {
   const char* name;
-  int64_t piece;
-  PrefillForm form;
+  int64_t piece;  // 0: decode rows
+  PrefillForm form = PrefillForm::kRecurrent;
+  StateFormat state = StateFormat::kFloat32;
+  bool record = true;
 };
 
 // The checks of every way of feeding the ids, with exact or rounded rotary frequencies.
@@ -109,15 +117,25 @@ absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const std::string
                                                const ModelConfig& config, const Expected& expected,
                                                DType dtype, bool rotary_bfloat16_frequencies) {
   const std::string name = std::filesystem::path(folder).filename().string();
-  const Way ways[] = {{"whole", expected.length, PrefillForm::kRecurrent},
-                      {"token-by-token", 1, PrefillForm::kRecurrent},
-                      {"pieces-of-7", 7, PrefillForm::kRecurrent},
-                      {"pieces-of-16", 16, PrefillForm::kRecurrent},
-                      {"whole-chunkwise", expected.length, PrefillForm::kChunkwise}};
+  constexpr auto kRecurrent = PrefillForm::kRecurrent, kChunkwise = PrefillForm::kChunkwise;
+  constexpr auto kInt16 = StateFormat::kInt16;
+  const Way ways[] = {{"whole", expected.length},
+                      {"token-by-token", 1},
+                      {"pieces-of-7", 7},
+                      {"pieces-of-16", 16},
+                      {"decoded", 0},
+                      {.name = "decoded-unrecorded", .piece = 0, .record = false},
+                      {"whole-chunkwise", expected.length, kChunkwise},
+                      {"int16-state-whole", expected.length, kRecurrent, kInt16},
+                      {"int16-state-decoded", 0, kRecurrent, kInt16},
+                      {"int16-state-whole-chunkwise", expected.length, kChunkwise, kInt16}};
   std::vector<GoldenCheck> checks;
   std::unique_ptr<Model> model;
   for (const Way& way : ways) {
-    if (model == nullptr || model->options().prefill_form != way.form) {
+    if (way.state != StateFormat::kFloat32 && config.norm_feature_map) continue;  // not offered
+    if (model == nullptr || model->options().prefill_form != way.form ||
+        model->options().state_format != way.state ||
+        model->options().record_decode != way.record) {
       GLA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(folder));
       const int rows = static_cast<int>(expected.batch * expected.length);
       GLA_ASSIGN_OR_RETURN(
@@ -127,6 +145,8 @@ absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const std::string
                               .max_seqs = static_cast<int>(expected.batch),
                               .max_logit_rows = rows,
                               .prefill_form = way.form,
+                              .state_format = way.state,
+                              .record_decode = way.record,
                               .rotary_bfloat16_frequencies = rotary_bfloat16_frequencies}));
     }
     GLA_ASSIGN_OR_RETURN(Feeder feeder,
@@ -135,7 +155,10 @@ absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const std::string
     const std::string check =
         absl::StrCat(NameOf(dtype), "/", way.name,
                      rotary_bfloat16_frequencies ? "/rotary-bfloat16-frequencies" : "");
-    if (dtype == DType::kFloat32) {
+    if (dtype == DType::kFloat32 && way.state == kInt16) {
+      checks.push_back(
+          {name, check + "/logits-rms-ratio", RmsRatio(logits, expected.logits), kInt16StateRatio});
+    } else if (dtype == DType::kFloat32) {
       checks.push_back(
           {name, check + "/logits-max-abs", MaxAbsDifference(logits, expected.logits), kMaxAbs});
       checks.push_back({name, check + "/greedy-mismatches",
