@@ -2,11 +2,11 @@
 // by the tiles of matmul_tiles.cuh.
 //
 // Batch invariance. For every (out, in, types, accumulate, alignment), never for a number of rows,
-// ONE algorithm is chosen, once, and used for every call: the first that cuBLASLt proposes for 64
-// rows and that
+// ONE algorithm is chosen, once, and used for every call: the first that cuBLASLt proposes for 512
+// rows, a chunk of a prompt, and that
 //   - needs no workspace, splits no sum over K and has no reduction scheme (so one thread block
 //     finishes each output alone, in the order its code gives), and
-//   - says that it also serves 1 to 65536 rows.
+//   - says that it also serves 1 to 8192 rows; more rows are so many calls.
 // Where there is none, and for every product with a bias (cuBLASLt wants the bias in y's own type,
 // ours is float32), our own tiles serve all row counts, invariant by their construction. Compiled
 // with GLA_CUDA_OWN_MATMUL, they serve everything.
@@ -63,6 +63,9 @@ void ConvertRows(const HostMatrix& block, int first, int count, DType dtype, int
 }
 
 // ---- cuBLASLt -----------------------------------------------------------------------------------
+
+constexpr int kTypicalRows = 512;
+constexpr int kMostRows = 8192;  // of one call
 
 // It thinks in columns: our row-major [rows, in] is its [in, rows], so it computes y^T = W x^T with
 // m = out, n = rows, k = in.
@@ -138,7 +141,7 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(y_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(y_alignment));
 
-  CublasProblem p = MakeProblem(w, y_dtype, 64, x_stride, y_stride);
+  CublasProblem p = MakeProblem(w, y_dtype, kTypicalRows, x_stride, y_stride);
   cublasLtMatmulHeuristicResult_t results[32];
   int count = 0;
   if (cublasLtMatmulAlgoGetHeuristic(cublas, &p.product, &p.weight, &p.x, &p.y, &p.y, &preference,
@@ -156,7 +159,7 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
              check.workspaceSize == 0;
     };
     bool serves_all = true;
-    for (int64_t rows : {1, 2, 3, 5, 8, 16, 33, 127, 256, 1000, 4096, 65536}) {
+    for (int64_t rows : {1, 2, 3, 5, 8, 16, 33, 127, 256, 1000, 4096, kMostRows}) {
       serves_all = serves_all && serves(rows);
     }
     if (serves_all) return results[i].algo;
@@ -184,11 +187,15 @@ bool CublasMatmul(Device& device, const MatmulArgs& a) {
                 .first;
   }
   if (!found->second.has_value()) return false;
-  CublasProblem p = MakeProblem(w, a.y_dtype, a.rows, a.x_stride, a.y_stride);
   const float alpha = 1.0f, beta = a.accumulate ? 1.0f : 0.0f;
-  CUBLAS_CHECK(cublasLtMatmul(impl.cublas, &p.product, &alpha, w.data(), &p.weight, a.x, &p.x,
-                              &beta, a.y, &p.y, a.y, &p.y, &*found->second, nullptr, 0,
-                              impl.stream));
+  for (int64_t row = 0; row < a.rows; row += kMostRows) {
+    const int64_t rows = std::min<int64_t>(kMostRows, a.rows - row);
+    CublasProblem p = MakeProblem(w, a.y_dtype, rows, a.x_stride, a.y_stride);
+    const char* x = static_cast<const char*>(a.x) + row * a.x_stride * SizeOf(a.x_dtype);
+    char* y = static_cast<char*>(a.y) + row * a.y_stride * SizeOf(a.y_dtype);
+    CUBLAS_CHECK(cublasLtMatmul(impl.cublas, &p.product, &alpha, w.data(), &p.weight, x, &p.x,
+                                &beta, y, &p.y, y, &p.y, &*found->second, nullptr, 0, impl.stream));
+  }
   return true;
 }
 
