@@ -43,13 +43,14 @@ def run_turns(server, turns, session):
     return results
 
 
-@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
-def test_64_clients_that_join_and_leave_at_random_equal_their_solo_runs(form):
+@pytest.mark.parametrize("form,state", [("recurrent", "float32"), ("chunkwise", "float32"),
+                                        ("chunkwise", "int16")])
+def test_64_clients_that_join_and_leave_at_random_equal_their_solo_runs(form, state):
     rng = random.Random(20261123)
     jobs = [[make_request(rng, client + job) for _ in range(rng.choice([1, 1, 3]))]
             for client in range(64) for job in range(2)]
-    with Server("--prefill-form", form, "--max-num-seqs", 24, "--max-num-batched-tokens", 256,
-                "--max-prefill-chunk", 64) as server:
+    with Server("--prefill-form", form, "--state-dtype", state, "--max-num-seqs", 24,
+                "--max-num-batched-tokens", 256, "--max-prefill-chunk", 64) as server:
         alone = [run_turns(server, turns, f"alone-{i}") for i, turns in enumerate(jobs)]
         together = [None] * len(jobs)
         starts = [rng.random() * .5 for _ in range(64)]

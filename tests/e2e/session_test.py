@@ -7,6 +7,17 @@ import pytest
 from harness import Server, generate, pb, request, spb, wait_for
 
 
+@pytest.fixture(scope="module")
+def server():
+    """float32 and recurrent prompts: with them bits do not depend on turns either, on any backend."""
+    with Server("--max-num-seqs", 32, "--state-memory", "64MiB", "--dtype", "float32",
+                "--prefill-form", "recurrent") as running:
+        yield running
+        running.wait_idle()
+        assert running.alive()
+        assert running.stop() == 0, "\n".join(running.log[-20:])
+
+
 def test_many_turns_equal_one_run_over_the_whole_text(server):
     rng = random.Random(5)
     server.sessions.CreateSession(spb.CreateSessionRequest(session_id="long"))
