@@ -1,4 +1,6 @@
 // Prepare and Chain of attention_tensor.cuh.
+#include <algorithm>
+
 #include "kernels/cuda/attention_tensor.cuh"
 
 namespace gla {
@@ -6,21 +8,25 @@ namespace {
 
 // ---- Where tiles and segments begin -------------------------------------------------------------
 
-__global__ void __launch_bounds__(1024) BeginsKernel(const TensorProblem p) {
-  __shared__ int sums[2][1024];
+constexpr int kBeginsThreads = 1024;  // at most
+
+__global__ void __launch_bounds__(kBeginsThreads) BeginsKernel(const TensorProblem p) {
+  __shared__ int sums[2][kBeginsThreads];
   __shared__ int carry[2];
-  const int id = threadIdx.x;
+  WaitForPrevious();
+  AllowNext();
+  const int id = threadIdx.x, threads = blockDim.x;
   if (id < 2) carry[id] = 0;
-  for (int first = 0; first < p.num_seqs; first += 1024) {
+  for (int first = 0; first < p.num_seqs; first += threads) {
     const int n = first + id;
     int tiles = 0, segments = 0;
     if (n < p.num_seqs) {
       tiles = CeilDiv(p.cu_seqlens[n + 1] - p.cu_seqlens[n], kTileTokens);
-      segments = max(1, CeilDiv(tiles, kSegmentTiles));
+      segments = max(1, CeilDiv(tiles, p.SegmentTiles(tiles)));
     }
     sums[0][id] = tiles, sums[1][id] = segments;
     __syncthreads();
-    for (int step = 1; step < 1024; step *= 2) {
+    for (int step = 1; step < threads; step *= 2) {
       const int a = id >= step ? sums[0][id - step] : 0, b = id >= step ? sums[1][id - step] : 0;
       __syncthreads();
       sums[0][id] += a, sums[1][id] += b;
@@ -31,7 +37,7 @@ __global__ void __launch_bounds__(1024) BeginsKernel(const TensorProblem p) {
       p.segment_begin[n + 1] = carry[1] + sums[1][id];
     }
     __syncthreads();
-    if (id < 2) carry[id] += sums[id][1023];
+    if (id < 2) carry[id] += sums[id][threads - 1];
     __syncthreads();
   }
   if (id == 0) p.tile_begin[0] = p.segment_begin[0] = 0;
@@ -72,6 +78,8 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareKeyKernel(const Tensor
   extern __shared__ __align__(16) char raw_shared[];
   auto& shared = *reinterpret_cast<KeyPrepareShared<K>*>(raw_shared);
   constexpr int kPieces = K / 8;
+  WaitForPrevious();
+  AllowNext();
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
@@ -217,6 +225,8 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
   char* const k = q + kTiles * kTileBytes;
   char* const scores = k + kTiles * kTileBytes;
   float* const sums = reinterpret_cast<float*>(scores + kTileBytes);
+  WaitForPrevious();
+  AllowNext();
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x;
@@ -294,6 +304,8 @@ template <int K, bool kEnds>
 __global__ void __launch_bounds__(ChainShape<K>::kThreads)
     ChainKernel(const TensorProblem p, const Chains chains) {
   using Shape = ChainShape<K>;
+  WaitForPrevious();
+  AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int block = blockIdx.x / chains.count;
   extern __shared__ __align__(16) char raw_shared[];
@@ -309,7 +321,8 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   const int place = segment - p.segment_begin[seq];
   const bool is_last = segment + 1 == p.segment_begin[seq + 1];
   if (kEnds && is_last) return;
-  const int begin = place * kSegmentTiles, end = min(num_tiles, begin + kSegmentTiles);
+  const int each = p.SegmentTiles(num_tiles);
+  const int begin = place * each, end = min(num_tiles, begin + each);
   const int64_t row_begin = p.cu_seqlens[seq];
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
   const int64_t segment_head = int64_t{segment} * p.heads + head;
@@ -337,7 +350,7 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   float s[32] = {};
   const float* initial = nullptr;
   if constexpr (!kEnds) {
-    if (p.is_segmented()) {
+    if (p.is_segmented) {
       initial = p.starts[args.backwards] + segment_head * K * p.value_dim;
     } else if (args.initial.Of(seq) != nullptr) {
       initial = args.initial.Of(seq) + int64_t{head} * K * p.value_dim;
@@ -417,6 +430,8 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
 
 // From the segments' own contributions to their start states, four neighbours to a thread.
 __global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const Chains chains) {
+  WaitForPrevious();
+  AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int64_t state = int64_t{p.key_dim} * p.value_dim;
   const int64_t item = (int64_t{blockIdx.x / chains.count} * 256 + threadIdx.x) * 4;
@@ -428,28 +443,39 @@ __global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const C
   const float* const initial = args.initial.Of(seq);
   if (initial != nullptr) start = LoadFour(initial + head * state + offset);
   const int key = static_cast<int>(offset / p.value_dim);
-  for (int segment = p.segment_begin[seq]; segment < p.segment_begin[seq + 1]; ++segment) {
-    const int64_t index = int64_t{segment} * p.heads + head;
-    float* const at = p.starts[args.backwards] + index * state + offset;
-    const bool is_last = segment + 1 == p.segment_begin[seq + 1];
-    const float4 own = is_last ? float4{0, 0, 0, 0} : LoadFour(at);
-    StoreFour(at, start);
-    if (is_last) break;
-    const float d = p.segment_decays[args.backwards][index * p.key_dim + key];
-    start = {fmaf(d, start.x, own.x), fmaf(d, start.y, own.y), fmaf(d, start.z, own.z),
-             fmaf(d, start.w, own.w)};
+  const int last = p.segment_begin[seq + 1] - 1;
+  constexpr int kAhead = 8;  // loads under way at once
+  for (int first = p.segment_begin[seq]; first <= last; first += kAhead) {
+    float4 own[kAhead];
+    float d[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= last) break;
+      const int64_t index = int64_t{first + i} * p.heads + head;
+      own[i] = LoadFour(p.starts[args.backwards] + index * state + offset);
+      d[i] = p.segment_decays[args.backwards][index * p.key_dim + key];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i > last) break;
+      const int64_t index = int64_t{first + i} * p.heads + head;
+      StoreFour(p.starts[args.backwards] + index * state + offset, start);
+      if (first + i == last) break;
+      start = {fmaf(d[i], start.x, own[i].x), fmaf(d[i], start.y, own[i].y),
+               fmaf(d[i], start.z, own[i].z), fmaf(d[i], start.w, own[i].w)};
+    }
   }
 }
 
 template <int K, bool kEnds>
-void LaunchChain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
+void LaunchChain(Device& device, const TensorProblem& p, const Chains& chains) {
   using Shape = ChainShape<K>;
-  const auto kernel = ChainKernel<K, kEnds>;
-  AllowShared(kernel, Shape::kBytes);
-  const int64_t segments = p.is_segmented() ? p.max_segments() : p.num_seqs;
-  kernel<<<GridOf(segments * p.heads * (p.value_dim / 64) * chains.count), Shape::kThreads,
-           Shape::kBytes, stream>>>(p, chains);
-  CUDA_CHECK(cudaGetLastError());
+  const int64_t segments = p.is_segmented ? p.max_segments : p.num_seqs;
+  LaunchOverlapped(device, ChainKernel<K, kEnds>,
+                   {.blocks = GridOf(segments * p.heads * (p.value_dim / 64) * chains.count),
+                    .threads = Shape::kThreads,
+                    .shared_bytes = Shape::kBytes},
+                   p, chains);
 }
 
 }  // namespace
@@ -467,7 +493,7 @@ size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   place(p.keys, tile_heads * (p.key_dim / 64) * kTileBytes);
   place(p.scores, tile_heads * kTileBytes);
   place(p.decays, tile_heads * p.key_dim * 4);
-  const int64_t segment_heads = p.is_segmented() ? p.max_segments() * p.heads : 0;
+  const int64_t segment_heads = p.max_segments * p.heads;
   for (int i = 0; i < num_chains; ++i) {
     place(p.starts[i], segment_heads * p.key_dim * p.value_dim * 4);
     place(p.segment_decays[i], segment_heads * p.key_dim * 4);
@@ -475,30 +501,31 @@ size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   return used;
 }
 
-void Prepare(const TensorProblem& p, cudaStream_t stream) {
-  BeginsKernel<<<1, 1024, 0, stream>>>(p);
-  CUDA_CHECK(cudaGetLastError());
+void Prepare(Device& device, const TensorProblem& p) {
+  const unsigned threads = std::min(kBeginsThreads, RoundUp(p.num_seqs, 32));
+  LaunchOverlapped(device, BeginsKernel, {.blocks = 1, .threads = threads}, p);
   WithKeyDim(p.key_dim, [&]<int K>() {
     const bool per_key = p.gate_kind == GateKind::kPerKey;
-    void (*const kernel)(TensorProblem) = per_key ? &PrepareKeyKernel<K> : &PrepareStepKernel<K>;
-    const size_t bytes = per_key ? sizeof(KeyPrepareShared<K>) : StepPrepareBytes<K>();
-    AllowShared(kernel, bytes);
-    kernel<<<GridOf(p.max_tiles() * p.heads), kPrepareThreads, bytes, stream>>>(p);
+    LaunchOverlapped(
+        device, per_key ? &PrepareKeyKernel<K> : &PrepareStepKernel<K>,
+        {.blocks = GridOf(p.max_tiles() * p.heads),
+         .threads = kPrepareThreads,
+         .shared_bytes = per_key ? sizeof(KeyPrepareShared<K>) : StepPrepareBytes<K>()},
+        p);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
-void Chain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
-  WithKeyDim(p.key_dim, [&]<int K>() {
-    if (p.is_segmented()) {
-      LaunchChain<K, true>(p, chains, stream);
-      const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
-      ScanKernel<<<GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), 256, 0, stream>>>(p,
-                                                                                          chains);
-      CUDA_CHECK(cudaGetLastError());
-    }
-    LaunchChain<K, false>(p, chains, stream);
-  });
+void FindStarts(Device& device, const TensorProblem& p, const Chains& chains) {
+  WithKeyDim(p.key_dim, [&]<int K>() { LaunchChain<K, true>(device, p, chains); });
+  const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
+  LaunchOverlapped(device, ScanKernel,
+                   {.blocks = GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), .threads = 256},
+                   p, chains);
+}
+
+void Chain(Device& device, const TensorProblem& p, const Chains& chains) {
+  if (p.is_segmented) FindStarts(device, p, chains);
+  WithKeyDim(p.key_dim, [&]<int K>() { LaunchChain<K, false>(device, p, chains); });
 }
 
 }  // namespace gla
