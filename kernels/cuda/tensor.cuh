@@ -259,4 +259,9 @@ __device__ inline float Exp2(float x) {
   return y;
 }
 
+// Pairs.
+__device__ inline float2 Exp2(float2 x) { return {Exp2(x.x), Exp2(x.y)}; }
+__device__ inline float2 Product(float2 x, float2 y) { return {x.x * y.x, x.y * y.y}; }
+__device__ inline uint32_t PackBf16(float2 x) { return PackBf16(x.x, x.y); }
+
 }  // namespace gla
