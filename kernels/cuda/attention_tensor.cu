@@ -604,8 +604,7 @@ void Prepare(Device& device, const TensorProblem& p) {
   });
 }
 
-void FindStarts(Device& device, const TensorProblem& p, const Chains& chains) {
-  WithKeyDim(p.key_dim, [&]<int K>() { LaunchChain<K, true>(device, p, chains); });
+void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains) {
   const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
   LaunchOverlapped(device, ScanKernel,
                    {.blocks = GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), .threads = 256},
@@ -613,8 +612,13 @@ void FindStarts(Device& device, const TensorProblem& p, const Chains& chains) {
 }
 
 void Chain(Device& device, const TensorProblem& p, const Chains& chains) {
-  if (p.is_segmented) FindStarts(device, p, chains);
-  WithKeyDim(p.key_dim, [&]<int K>() { LaunchChain<K, false>(device, p, chains); });
+  WithKeyDim(p.key_dim, [&]<int K>() {
+    if (p.is_segmented) {
+      LaunchChain<K, true>(device, p, chains);
+      ScanSegments(device, p, chains);
+    }
+    LaunchChain<K, false>(device, p, chains);
+  });
 }
 
 }  // namespace gla

@@ -294,7 +294,7 @@ struct Chains {
   int count;  // 1: forwards only
 };
 void Chain(Device& device, const TensorProblem& p, const Chains& chains);
-// The first part of Chain, for p.is_segmented: the segments' start states to p.starts.
-void FindStarts(Device& device, const TensorProblem& p, const Chains& chains);
+// For p.is_segmented, from each segment's own contribution to its start state, in p.starts.
+void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains);
 
 }  // namespace gla
