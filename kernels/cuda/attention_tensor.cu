@@ -1,4 +1,7 @@
 // Prepare and Chain of attention_tensor.cuh.
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels/cuda/attention_tensor.cuh"
 
 namespace gla {
@@ -6,21 +9,25 @@ namespace {
 
 // ---- Where tiles and segments begin -------------------------------------------------------------
 
-__global__ void __launch_bounds__(1024) BeginsKernel(const TensorProblem p) {
-  __shared__ int sums[2][1024];
+constexpr int kBeginsThreads = 1024;  // at most
+
+__global__ void __launch_bounds__(kBeginsThreads) BeginsKernel(const TensorProblem p) {
+  __shared__ int sums[2][kBeginsThreads];
   __shared__ int carry[2];
-  const int id = threadIdx.x;
+  WaitForPrevious();
+  AllowNext();
+  const int id = threadIdx.x, threads = blockDim.x;
   if (id < 2) carry[id] = 0;
-  for (int first = 0; first < p.num_seqs; first += 1024) {
+  for (int first = 0; first < p.num_seqs; first += threads) {
     const int n = first + id;
     int tiles = 0, segments = 0;
     if (n < p.num_seqs) {
       tiles = CeilDiv(p.cu_seqlens[n + 1] - p.cu_seqlens[n], kTileTokens);
-      segments = max(1, CeilDiv(tiles, kSegmentTiles));
+      segments = max(1, CeilDiv(tiles, p.SegmentTiles(tiles)));
     }
     sums[0][id] = tiles, sums[1][id] = segments;
     __syncthreads();
-    for (int step = 1; step < 1024; step *= 2) {
+    for (int step = 1; step < threads; step *= 2) {
       const int a = id >= step ? sums[0][id - step] : 0, b = id >= step ? sums[1][id - step] : 0;
       __syncthreads();
       sums[0][id] += a, sums[1][id] += b;
@@ -31,161 +38,245 @@ __global__ void __launch_bounds__(1024) BeginsKernel(const TensorProblem p) {
       p.segment_begin[n + 1] = carry[1] + sums[1][id];
     }
     __syncthreads();
-    if (id < 2) carry[id] += sums[id][1023];
+    if (id < 2) carry[id] += sums[id][threads - 1];
     __syncthreads();
   }
   if (id == 0) p.tile_begin[0] = p.segment_begin[0] = 0;
 }
 
-constexpr int kPrepareThreads = 256;
-
 // ---- Prepare ------------------------------------------------------------------------------------
 
+// Per key: a thread has 16 tokens (a block of A) of two neighbouring keys. With L_t the sum of
+// gates from the block's start to t, e the last of them and m the middle between the first and the
+// last, everything is made from two powers per element:
+//   qd_t = q_t 2^(L_t - m)    kd_s = k_s 2^(m - L_s)
+// A's diagonal blocks are qd kd; q~, k~ and the other blocks take a factor <= 1 per block and key:
+//   A_bc = (qd_b W_bc) kd_c    W_bc = 2^m_b 2^(gates between b and c) 2^(e_c - m_c)
+// A product below 2^-126 may come out as 0, at most 2^-26 of what is added to it. Where a block's
+// gates span more than kLargestSpan, its q refer to its start and its k to its end, and its
+// diagonal block is summed pair by pair.
 template <int K>
 struct KeyPrepareShared {
   static constexpr int kPitch = K + 8;
+  static constexpr int kThreads = 2 * K;
+  static constexpr int kParts = K / 64;  // of the sum over keys
   bf16 q[kTileTokens][kPitch];
   bf16 k[kTileTokens][kPitch];
-  float sums[kTileTokens][kPitch];  // G
-  float totals[kPrepareThreads];
-  int is_wide[4];  // blocks of 16 tokens whose gates span too much
+  float first[4][K], last[4][K];  // L of a block's first and last token
+  float weights[6][K];            // W of (1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)
+  int is_wide[kThreads / 32];     // by warp
 
-  // In the place of q and k: A of the second half of K by warp and lane, and then all of A.
-  __device__ float (*halves())[32][33] { return reinterpret_cast<float(*)[32][33]>(q); }
+  // In the place of q and k, one after the other: parts of A by warp and lane; where a block is
+  // wide, G; all of A.
+  __device__ float (*parts())[32][33] { return reinterpret_cast<float(*)[32][33]>(q); }
+  __device__ float (*sums())[K] { return reinterpret_cast<float(*)[K]>(q); }
   __device__ char* scores() { return reinterpret_cast<char*>(q); }
-  static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[4][32][33]));
+  static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[4 * kParts - 4 + 1][32][33]));
+  static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[kTileTokens][K]));
 };
 
-// Element pair (row, column), (row, column + 1) of q or k times 2^(sign (G - ref)).
-template <int K>
-__device__ uint32_t Factored(const bf16 (*x)[K + 8], const float (*sums)[K + 8], int row,
-                             int column, float2 ref, float sign) {
-  const float2 pair = UnpackBf16(*reinterpret_cast<const uint32_t*>(&x[row][column]));
-  const float2 g = *reinterpret_cast<const float2*>(&sums[row][column]);
-  return PackBf16(pair.x * Exp2(sign * (g.x - ref.x)), pair.y * Exp2(sign * (g.y - ref.y)));
+// Log2 decays of two neighbouring keys, summed along 16 tokens of which `tokens` are there.
+template <typename T>
+__device__ void SumGatePairs(const T* from, int64_t stride, int tokens, float2 (&sums)[16]) {
+  using Pair = std::conditional_t<sizeof(T) == 4, float2, uint32_t>;
+  Pair pairs[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    pairs[i] = Pair{};
+    if (i < tokens) pairs[i] = *reinterpret_cast<const Pair*>(from);
+    from += stride;
+  }
+  float2 sum = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float2 g;
+    if constexpr (sizeof(T) == 4) {
+      g = pairs[i];
+    } else {
+      g = UnpackBf16(pairs[i]);
+    }
+    sum.x += BoundedGate(g.x), sum.y += BoundedGate(g.y);
+    sums[i] = sum;
+  }
 }
 
-// A block to a (tile, head). Warps b and b + 4 make the rows of A of tokens 16 b .. 16 b + 15, each
-// of half of K.
 template <int K>
-__global__ void __launch_bounds__(kPrepareThreads) PrepareKeyKernel(const TensorProblem p) {
+__global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
+    PrepareKeyKernel(const TensorProblem p) {
   extern __shared__ __align__(16) char raw_shared[];
-  auto& shared = *reinterpret_cast<KeyPrepareShared<K>*>(raw_shared);
-  constexpr int kPieces = K / 8;
+  using Shared = KeyPrepareShared<K>;
+  auto& shared = *reinterpret_cast<Shared*>(raw_shared);
+  WaitForPrevious();
+  AllowNext();
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
-
-  LoadQueriesAndKeys<K, kPrepareThreads>(p, at, shared.q, shared.k);
-  if (id < 4) shared.is_wide[id] = 0;
-  SumKeyGates<K, kPrepareThreads>(p, at, &shared.sums[0][0], K + 8, shared.totals);
-  for (int i = id; i < 4 * K; i += kPrepareThreads) {
-    const int block = i / K, c = i % K;
-    const float span = shared.sums[16 * block][c] - shared.sums[16 * block + 15][c];
-    if (span > kLargestSpan) shared.is_wide[block] = 1;
+  const int c = id % (K / 2) * 2, own = id / (K / 2);  // keys and block
+  const int tokens = at.tokens - 16 * own;
+  const int64_t row0 = at.row0 + 16 * own, column = int64_t{at.head} * K + c;
+  uint32_t q[16], k[16];
+  const bf16* from_q = p.q + row0 * p.q_stride + column;
+  const bf16* from_k = p.k + row0 * p.k_stride + column;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    q[i] = k[i] = 0;
+    if (i < tokens) {
+      q[i] = *reinterpret_cast<const uint32_t*>(from_q);
+      k[i] = *reinterpret_cast<const uint32_t*>(from_k);
+    }
+    from_q += p.q_stride, from_k += p.k_stride;
   }
-  if (id < K) p.decays[at.index * K + id] = Exp2(shared.sums[kTileTokens - 1][id]);
-  WaitCopies<0>();
+  float2 sums[16];  // L
+  const int64_t from = row0 * p.gate_stride + column;
+  if (p.gate_dtype == DType::kFloat32) {
+    SumGatePairs(static_cast<const float*>(p.gate) + from, p.gate_stride, tokens, sums);
+  } else {
+    SumGatePairs(static_cast<const bf16*>(p.gate) + from, p.gate_stride, tokens, sums);
+  }
+  const float2 first = sums[0], last = sums[15];
+  *reinterpret_cast<float2*>(&shared.first[own][c]) = first;
+  *reinterpret_cast<float2*>(&shared.last[own][c]) = last;
+  const bool spans = first.x - last.x > kLargestSpan || first.y - last.y > kLargestSpan;
+  const int any_spans = __any_sync(0xFFFFFFFFu, spans);
+  if (lane == 0) shared.is_wide[warp] = any_spans;
   __syncthreads();
 
-  // q~ and k~
-  char* const queries = p.queries + at.index * (K / 64) * kTileBytes;
-  char* const keys = p.keys + at.index * (K / 64) * kTileBytes;
-  for (int i = id; i < kTileTokens * kPieces; i += kPrepareThreads) {
-    const int t = i / kPieces, c = i % kPieces * 8;
-    float fq[8], fk[8];
+  constexpr int kWarps = K / 64;  // to a block
+  const auto is_wide = [&](int block) {
+    int any = 0;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float g = shared.sums[t][c + e];
-      fq[e] = p.scale * Exp2(g);
-      fk[e] = Exp2(shared.sums[kTileTokens - 1][c + e] - g);
-    }
-    const int to = c / 64 * kTileBytes + TilePiece(t, c % 64 / 8);
-    *reinterpret_cast<uint4*>(queries + to) =
-        Scaled(*reinterpret_cast<const uint4*>(&shared.q[t][c]), fq);
-    *reinterpret_cast<uint4*>(keys + to) =
-        Scaled(*reinterpret_cast<const uint4*>(&shared.k[t][c]), fk);
+    for (int i = 0; i < kWarps; ++i) any |= shared.is_wide[block * kWarps + i];
+    return any != 0;
+  };
+  const auto last_of = [&](int block) {
+    return *reinterpret_cast<const float2*>(&shared.last[block][c]);
+  };
+  // what a block's k refer to
+  const auto reference = [&](float2 first, float2 last, bool wide) {
+    return wide ? last : float2{0.5f * (first.x + last.x), 0.5f * (first.y + last.y)};
+  };
+  const bool wide = is_wide(own);
+  const float2 k_ref = reference(first, last, wide), q_ref = wide ? float2{0, 0} : k_ref;
+  float2 before = {0, 0}, after = {0, 0};  // gates of the blocks before and after
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = last_of(i);
+    if (i < own) before.x += x.x, before.y += x.y;
+    if (i > own) after.x += x.x, after.y += x.y;
   }
+  {
+    float2 between = q_ref;
+#pragma unroll
+    for (int i = 2; i >= 0; --i) {
+      if (i >= own) continue;
+      const float2 e = last_of(i), f = *reinterpret_cast<const float2*>(&shared.first[i][c]);
+      const float2 ref = reference(f, e, is_wide(i));
+      const float2 weight = Exp2(float2{between.x + (e.x - ref.x), between.y + (e.y - ref.y)});
+      *reinterpret_cast<float2*>(&shared.weights[own * (own - 1) / 2 + i][c]) = weight;
+      between.x += e.x, between.y += e.y;
+    }
+  }
+  if (own == 3) {
+    *reinterpret_cast<float2*>(p.decays + at.index * K + c) =
+        Exp2(float2{before.x + last.x, before.y + last.y});
+  }
+  float2 to_queries = Exp2(float2{before.x + q_ref.x, before.y + q_ref.y});
+  to_queries.x *= p.scale, to_queries.y *= p.scale;
+  const float2 to_keys = Exp2(float2{(last.x - k_ref.x) + after.x, (last.y - k_ref.y) + after.y});
+  // a warp writes whole rows of 128 bytes
+  const int64_t image = (at.index * (K / 64) + c / 64) * kTileBytes + 16 * own * kTileRowBytes;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float2 l = sums[i];
+    const float2 qd = Product(UnpackBf16(q[i]), Exp2(float2{l.x - q_ref.x, l.y - q_ref.y}));
+    const float2 kd = Product(UnpackBf16(k[i]), Exp2(float2{k_ref.x - l.x, k_ref.y - l.y}));
+    *reinterpret_cast<uint32_t*>(&shared.q[16 * own + i][c]) = PackBf16(qd);
+    *reinterpret_cast<uint32_t*>(&shared.k[16 * own + i][c]) = PackBf16(kd);
+    const int64_t to = image + TileElement(i, c % 64);
+    *reinterpret_cast<uint32_t*>(p.queries + to) = PackBf16(Product(qd, to_queries));
+    *reinterpret_cast<uint32_t*>(p.keys + to) = PackBf16(Product(kd, to_keys));
+  }
+  __syncthreads();
 
-  // A: block row b against the blocks before it, referred to G just before b; against itself,
-  // referred to the middle of its gates.
-  const int b = warp % 4, half = warp / 4, g = lane / 4, c0 = lane % 4 * 2;
-  const int t0 = 16 * b;
+  // A: a warp to a block of rows and a part of the keys
+  const int b = warp % 4, part = warp / 4, g = lane / 4, c0 = lane % 4 * 2, t0 = 16 * b;
   float a[4][2][4] = {};  // [block][8 columns][element]
-  for (int step = half * (K / 32); step < (half + 1) * (K / 32); ++step) {
-    const int c = 16 * step + c0;
-    const auto pair = [&](int row, int column) {
-      return *reinterpret_cast<const float2*>(&shared.sums[row][column]);
+#pragma unroll 1
+  for (int step = 4 * part; step < 4 * part + 4; ++step) {
+    const int column = 16 * step + c0;
+    const auto pair = [&](const bf16(*x)[K + 8], int row, int to_right) {
+      return *reinterpret_cast<const uint32_t*>(&x[row][column + to_right]);
     };
-    const auto load_a = [&](float2 ref0, float2 ref1, uint32_t(&x)[4]) {
-      x[0] = Factored<K>(shared.q, shared.sums, t0 + g, c, ref0, 1);
-      x[1] = Factored<K>(shared.q, shared.sums, t0 + g + 8, c, ref0, 1);
-      x[2] = Factored<K>(shared.q, shared.sums, t0 + g, c + 8, ref1, 1);
-      x[3] = Factored<K>(shared.q, shared.sums, t0 + g + 8, c + 8, ref1, 1);
-    };
-    const auto add = [&](int block, const uint32_t(&x)[4], float2 ref0, float2 ref1) {
+    const uint32_t x[4] = {pair(shared.q, t0 + g, 0), pair(shared.q, t0 + g + 8, 0),
+                           pair(shared.q, t0 + g, 8), pair(shared.q, t0 + g + 8, 8)};
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+      if (block > b) continue;
+      uint32_t weighted[4] = {x[0], x[1], x[2], x[3]};
+      if (block < b) {
+        const float* const weights = &shared.weights[b * (b - 1) / 2 + block][column];
+        const float2 w[2] = {*reinterpret_cast<const float2*>(weights),
+                             *reinterpret_cast<const float2*>(weights + 8)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weighted[i] = PackBf16(Product(UnpackBf16(x[i]), w[i / 2]));
+      }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const int s = 16 * block + 8 * n + g;
-        const uint32_t y[2] = {Factored<K>(shared.k, shared.sums, s, c, ref0, -1),
-                               Factored<K>(shared.k, shared.sums, s, c + 8, ref1, -1)};
-#pragma unroll
-        for (int other = 0; other < 4; ++other) {  // registers want constant indices
-          if (other == block) Mma16x8x16(a[other][n], x, y);
-        }
-      }
-    };
-    uint32_t x[4];
-    if (b > 0) {
-      const float2 ref0 = pair(t0 - 1, c), ref1 = pair(t0 - 1, c + 8);
-      load_a(ref0, ref1, x);
-      for (int block = 0; block < b; ++block) add(block, x, ref0, ref1);
-    }
-    const auto middle = [&](int column) {
-      const float2 first = pair(t0, column), last = pair(t0 + 15, column);
-      return float2{0.5f * (first.x + last.x), 0.5f * (first.y + last.y)};
-    };
-    const float2 ref0 = middle(c), ref1 = middle(c + 8);
-    load_a(ref0, ref1, x);
-    add(b, x, ref0, ref1);
-  }
-  if (shared.is_wide[b] && half == 0) {  // exact, pair by pair; the other half adds nothing
-#pragma unroll 1
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {
-        const int t = t0 + g + (e & 2 ? 8 : 0), s = t0 + 8 * n + c0 + (e & 1);
-        float sum = 0;
-        for (int c = 0; c < K && s <= t; ++c) {
-          sum += ToFloat(shared.q[t][c]) * ToFloat(shared.k[s][c]) *
-                 Exp2(shared.sums[t][c] - shared.sums[s][c]);
-        }
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {  // registers want constant indices
-          if (i == b * 8 + n * 4 + e) a[i / 8][i / 4 % 2][i % 4] = sum;
-        }
+        const int row = 16 * block + 8 * n + g;
+        const uint32_t y[2] = {pair(shared.k, row, 0), pair(shared.k, row, 8)};
+        Mma16x8x16(a[block][n], weighted, y);
       }
     }
   }
-  const bool is_replaced = shared.is_wide[b];
   __syncthreads();  // q and k give their place
-  float(&exchange)[33] = shared.halves()[b][lane];
-  if (half == 1) {
+  if (part > 0) {
+    float(&exchange)[33] = shared.parts()[4 * part - 4 + b][lane];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      exchange[i] = is_replaced && i / 8 == b ? 0 : a[i / 8][i / 4 % 2][i % 4];
+    for (int i = 0; i < 32; ++i) exchange[i] = a[i / 8][i / 4 % 2][i % 4];
+  }
+  __syncthreads();
+  if (part == 0) {
+#pragma unroll
+    for (int other = 1; other < Shared::kParts; ++other) {
+      const float(&exchange)[33] = shared.parts()[4 * other - 4 + b][lane];
+#pragma unroll
+      for (int i = 0; i < 32; ++i) a[i / 8][i / 4 % 2][i % 4] += exchange[i];
     }
   }
   __syncthreads();
-  if (half == 0) {
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      a[i / 8][i / 4 % 2][i % 4] += exchange[i];
-      a[i / 8][i / 4 % 2][i % 4 + 1] += exchange[i + 1];
+  if (is_wide(0) || is_wide(1) || is_wide(2) || is_wide(3)) {
+    float2 sum = {0, 0};
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+      if (i < tokens) {
+        const int64_t from = (row0 + i) * p.gate_stride + column;
+        sum.x += BoundedGate(p.Gate(from)), sum.y += BoundedGate(p.Gate(from + 1));
+      }
+      *reinterpret_cast<float2*>(&shared.sums()[16 * own + i][c]) = sum;
     }
+    __syncthreads();
+    if (part == 0 && is_wide(b)) {
+#pragma unroll 1
+      for (int i = 0; i < 8; ++i) {
+        const int t = t0 + g + (i & 2 ? 8 : 0), s = t0 + 8 * (i / 4) + c0 + (i & 1);
+        float sum = 0;
+        if (s <= t && t < at.tokens) {
+          const bf16* const from_q = p.q + (at.row0 + t) * p.q_stride + int64_t{at.head} * K;
+          const bf16* const from_k = p.k + (at.row0 + s) * p.k_stride + int64_t{at.head} * K;
+          for (int j = 0; j < K; ++j) {
+            sum += ToFloat(from_q[j]) * ToFloat(from_k[j]) *
+                   Exp2(shared.sums()[t][j] - shared.sums()[s][j]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 32; ++j) {  // registers want constant indices
+          if (j == b * 8 + i) a[j / 8][j / 4 % 2][j % 4] = sum;
+        }
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (half == 0) {
+  if (part == 0) {
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
       const int block = i / 8, n = i / 4 % 2, e = i % 4;
@@ -197,11 +288,13 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareKeyKernel(const Tensor
     }
   }
   __syncthreads();
-  for (int i = id * 16; i < kTileBytes; i += kPrepareThreads * 16) {
+  for (int i = id * 16; i < kTileBytes; i += Shared::kThreads * 16) {
     *reinterpret_cast<uint4*>(p.scores + at.index * kTileBytes + i) =
         *reinterpret_cast<const uint4*>(shared.scores() + i);
   }
 }
+
+constexpr int kPrepareThreads = 256;  // one decay per step
 
 template <int K>
 constexpr size_t StepPrepareBytes() {
@@ -217,6 +310,8 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
   char* const k = q + kTiles * kTileBytes;
   char* const scores = k + kTiles * kTileBytes;
   float* const sums = reinterpret_cast<float*>(scores + kTileBytes);
+  WaitForPrevious();
+  AllowNext();
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x;
@@ -294,6 +389,8 @@ template <int K, bool kEnds>
 __global__ void __launch_bounds__(ChainShape<K>::kThreads)
     ChainKernel(const TensorProblem p, const Chains chains) {
   using Shape = ChainShape<K>;
+  WaitForPrevious();
+  AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int block = blockIdx.x / chains.count;
   extern __shared__ __align__(16) char raw_shared[];
@@ -309,7 +406,8 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   const int place = segment - p.segment_begin[seq];
   const bool is_last = segment + 1 == p.segment_begin[seq + 1];
   if (kEnds && is_last) return;
-  const int begin = place * kSegmentTiles, end = min(num_tiles, begin + kSegmentTiles);
+  const int each = p.SegmentTiles(num_tiles);
+  const int begin = place * each, end = min(num_tiles, begin + each);
   const int64_t row_begin = p.cu_seqlens[seq];
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
   const int64_t segment_head = int64_t{segment} * p.heads + head;
@@ -337,7 +435,7 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   float s[32] = {};
   const float* initial = nullptr;
   if constexpr (!kEnds) {
-    if (p.is_segmented()) {
+    if (p.is_segmented) {
       initial = p.starts[args.backwards] + segment_head * K * p.value_dim;
     } else if (args.initial.Of(seq) != nullptr) {
       initial = args.initial.Of(seq) + int64_t{head} * K * p.value_dim;
@@ -417,6 +515,8 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
 
 // From the segments' own contributions to their start states, four neighbours to a thread.
 __global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const Chains chains) {
+  WaitForPrevious();
+  AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int64_t state = int64_t{p.key_dim} * p.value_dim;
   const int64_t item = (int64_t{blockIdx.x / chains.count} * 256 + threadIdx.x) * 4;
@@ -428,28 +528,39 @@ __global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const C
   const float* const initial = args.initial.Of(seq);
   if (initial != nullptr) start = LoadFour(initial + head * state + offset);
   const int key = static_cast<int>(offset / p.value_dim);
-  for (int segment = p.segment_begin[seq]; segment < p.segment_begin[seq + 1]; ++segment) {
-    const int64_t index = int64_t{segment} * p.heads + head;
-    float* const at = p.starts[args.backwards] + index * state + offset;
-    const bool is_last = segment + 1 == p.segment_begin[seq + 1];
-    const float4 own = is_last ? float4{0, 0, 0, 0} : LoadFour(at);
-    StoreFour(at, start);
-    if (is_last) break;
-    const float d = p.segment_decays[args.backwards][index * p.key_dim + key];
-    start = {fmaf(d, start.x, own.x), fmaf(d, start.y, own.y), fmaf(d, start.z, own.z),
-             fmaf(d, start.w, own.w)};
+  const int last = p.segment_begin[seq + 1] - 1;
+  constexpr int kAhead = 8;  // loads under way at once
+  for (int first = p.segment_begin[seq]; first <= last; first += kAhead) {
+    float4 own[kAhead];
+    float d[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i >= last) break;
+      const int64_t index = int64_t{first + i} * p.heads + head;
+      own[i] = LoadFour(p.starts[args.backwards] + index * state + offset);
+      d[i] = p.segment_decays[args.backwards][index * p.key_dim + key];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i > last) break;
+      const int64_t index = int64_t{first + i} * p.heads + head;
+      StoreFour(p.starts[args.backwards] + index * state + offset, start);
+      if (first + i == last) break;
+      start = {fmaf(d[i], start.x, own[i].x), fmaf(d[i], start.y, own[i].y),
+               fmaf(d[i], start.z, own[i].z), fmaf(d[i], start.w, own[i].w)};
+    }
   }
 }
 
 template <int K, bool kEnds>
-void LaunchChain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
+void LaunchChain(Device& device, const TensorProblem& p, const Chains& chains) {
   using Shape = ChainShape<K>;
-  const auto kernel = ChainKernel<K, kEnds>;
-  AllowShared(kernel, Shape::kBytes);
-  const int64_t segments = p.is_segmented() ? p.max_segments() : p.num_seqs;
-  kernel<<<GridOf(segments * p.heads * (p.value_dim / 64) * chains.count), Shape::kThreads,
-           Shape::kBytes, stream>>>(p, chains);
-  CUDA_CHECK(cudaGetLastError());
+  const int64_t segments = p.is_segmented ? p.max_segments : p.num_seqs;
+  LaunchOverlapped(device, ChainKernel<K, kEnds>,
+                   {.blocks = GridOf(segments * p.heads * (p.value_dim / 64) * chains.count),
+                    .threads = Shape::kThreads,
+                    .shared_bytes = Shape::kBytes},
+                   p, chains);
 }
 
 }  // namespace
@@ -467,7 +578,7 @@ size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   place(p.keys, tile_heads * (p.key_dim / 64) * kTileBytes);
   place(p.scores, tile_heads * kTileBytes);
   place(p.decays, tile_heads * p.key_dim * 4);
-  const int64_t segment_heads = p.is_segmented() ? p.max_segments() * p.heads : 0;
+  const int64_t segment_heads = p.max_segments * p.heads;
   for (int i = 0; i < num_chains; ++i) {
     place(p.starts[i], segment_heads * p.key_dim * p.value_dim * 4);
     place(p.segment_decays[i], segment_heads * p.key_dim * 4);
@@ -475,29 +586,38 @@ size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   return used;
 }
 
-void Prepare(const TensorProblem& p, cudaStream_t stream) {
-  BeginsKernel<<<1, 1024, 0, stream>>>(p);
-  CUDA_CHECK(cudaGetLastError());
+void Prepare(Device& device, const TensorProblem& p) {
+  const unsigned threads = std::min(kBeginsThreads, RoundUp(p.num_seqs, 32));
+  LaunchOverlapped(device, BeginsKernel, {.blocks = 1, .threads = threads}, p);
   WithKeyDim(p.key_dim, [&]<int K>() {
-    const bool per_key = p.gate_kind == GateKind::kPerKey;
-    void (*const kernel)(TensorProblem) = per_key ? &PrepareKeyKernel<K> : &PrepareStepKernel<K>;
-    const size_t bytes = per_key ? sizeof(KeyPrepareShared<K>) : StepPrepareBytes<K>();
-    AllowShared(kernel, bytes);
-    kernel<<<GridOf(p.max_tiles() * p.heads), kPrepareThreads, bytes, stream>>>(p);
+    const unsigned blocks = GridOf(p.max_tiles() * p.heads);
+    if (p.gate_kind == GateKind::kPerKey) {
+      using Shared = KeyPrepareShared<K>;
+      LaunchOverlapped(
+          device, PrepareKeyKernel<K>,
+          {.blocks = blocks, .threads = Shared::kThreads, .shared_bytes = sizeof(Shared)}, p);
+    } else {
+      LaunchOverlapped(
+          device, PrepareStepKernel<K>,
+          {.blocks = blocks, .threads = kPrepareThreads, .shared_bytes = StepPrepareBytes<K>()}, p);
+    }
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
-void Chain(const TensorProblem& p, const Chains& chains, cudaStream_t stream) {
+void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains) {
+  const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
+  LaunchOverlapped(device, ScanKernel,
+                   {.blocks = GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), .threads = 256},
+                   p, chains);
+}
+
+void Chain(Device& device, const TensorProblem& p, const Chains& chains) {
   WithKeyDim(p.key_dim, [&]<int K>() {
-    if (p.is_segmented()) {
-      LaunchChain<K, true>(p, chains, stream);
-      const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
-      ScanKernel<<<GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), 256, 0, stream>>>(p,
-                                                                                          chains);
-      CUDA_CHECK(cudaGetLastError());
+    if (p.is_segmented) {
+      LaunchChain<K, true>(device, p, chains);
+      ScanSegments(device, p, chains);
     }
-    LaunchChain<K, false>(p, chains, stream);
+    LaunchChain<K, false>(device, p, chains);
   });
 }
 

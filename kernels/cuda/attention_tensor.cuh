@@ -8,21 +8,25 @@
 // dS = D dS + q~^T do: the same kernel. Every exponent is <= 0 but in the 16 x 16 blocks on the
 // diagonal of A, whose factors are referred to the middle of the block and guarded.
 //
-// A sequence is cut into segments of kSegmentTiles tiles, whose start states are found by a first
-// pass and a scan, so that one long sequence fills the device. The cuts depend on the sequence
-// alone, so its bits do too.
+// A sequence is cut into segments (SegmentTiles), whose start states are found by a first pass and
+// a scan, so that one long sequence fills the device. The cuts depend on the sequence alone, so its
+// bits do too.
 //
 // Workspace holds tiles (tensor.cuh) as images: what a consumer copies to shared memory as it is.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
 
 constexpr int kTileTokens = 64;
-constexpr int kSegmentTiles = 32;
+constexpr int kSegmentTiles = 32;  // of a segment, where no goal is set
+// With a goal: the shortest segment, and sequences that are not worth cutting.
+constexpr int kLeastSegmentTiles = 4;
+constexpr int kUncutTiles = 8;
 constexpr int kTileBytes = kTileTokens * kTileRowBytes;
 constexpr float kLog2E = 1.4426950408889634f;
 // A decay below 2^-151 is 0 in float32; sums of gates keep their precision with this bound.
@@ -56,6 +60,12 @@ struct TensorProblem {
   int num_seqs, num_rows, max_len;
   int heads, key_dim, value_dim;
   float scale;
+  // A long sequence is cut into about so many segments; 0: into segments of kSegmentTiles.
+  int segment_goal;
+  // Whether the chains run segment by segment, from start states that were found before; otherwise
+  // sequence by sequence.
+  bool is_segmented;
+  int64_t max_segments;  // of all sequences, where is_segmented
 
   // Workspace.
   int32_t* tile_begin;     // [N + 1]: sequence n has tiles [tile_begin[n], tile_begin[n + 1])
@@ -70,10 +80,13 @@ struct TensorProblem {
 
   // Upper bounds, known without looking at cu_seqlens.
   __host__ __device__ int64_t max_tiles() const { return num_rows / kTileTokens + num_seqs; }
-  __host__ __device__ int64_t max_segments() const {
-    return num_rows / (kTileTokens * kSegmentTiles) + num_seqs;
+  // Tiles of each segment of a sequence of `tiles` but the last.
+  __host__ __device__ int SegmentTiles(int tiles) const {
+    if (segment_goal == 0) return kSegmentTiles;
+    if (tiles <= kUncutTiles) return kUncutTiles;
+    const int each = CeilDiv(tiles, segment_goal);
+    return each < kLeastSegmentTiles ? kLeastSegmentTiles : each;
   }
-  __host__ __device__ bool is_segmented() const { return max_len > kTileTokens * kSegmentTiles; }
   __device__ float Gate(int64_t index) const {
     if (gate_dtype == DType::kFloat32) return static_cast<const float*>(gate)[index];
     return ToFloat(static_cast<const bf16*>(gate)[index]);
@@ -263,7 +276,7 @@ inline bool AllowsPieces(const void* data, int64_t stride, DType dtype) {
 size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory);
 
 // tile_begin, segment_begin, then q~, k~, D and A of every tile.
-void Prepare(const TensorProblem& p, cudaStream_t stream);
+void Prepare(Device& device, const TensorProblem& p);
 
 // S = D S + keys^T values from tile to tile, for k~ and v; or backwards, for q~ and do.
 struct ChainArgs {
@@ -280,6 +293,8 @@ struct Chains {
   ChainArgs of[2];
   int count;  // 1: forwards only
 };
-void Chain(const TensorProblem& p, const Chains& chains, cudaStream_t stream);
+void Chain(Device& device, const TensorProblem& p, const Chains& chains);
+// For p.is_segmented, from each segment's own contribution to its start state, in p.starts.
+void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains);
 
 }  // namespace gla

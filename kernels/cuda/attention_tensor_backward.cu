@@ -679,6 +679,10 @@ BackwardProblem ProblemOf(const LinearAttentionBackwardArgs& a) {
   p.num_seqs = a.num_seqs, p.num_rows = a.num_rows, p.max_len = a.max_len;
   p.heads = a.num_heads, p.key_dim = a.key_dim, p.value_dim = a.value_dim;
   p.scale = a.scale;
+  p.is_segmented = p.max_len > kTileTokens * kSegmentTiles;
+  if (p.is_segmented) {
+    p.max_segments = p.num_rows / (kTileTokens * kSegmentTiles) + p.num_seqs;
+  }
   b.d_o = static_cast<const bf16*>(a.d_o);
   b.dq = static_cast<bf16*>(a.dq);
   b.dk = static_cast<bf16*>(a.dk);
@@ -720,7 +724,7 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
   char* const d_states = states + StateImageBytes(p);
   b.states = states, b.d_states = d_states;
   const int64_t stride = int64_t{p.heads} * p.key_dim * p.value_dim;
-  Prepare(p, stream);
+  Prepare(device, p);
   Chains chains = {.count = 2};
   chains.of[0] = {.keys = p.keys,
                   .values = p.v,
@@ -736,7 +740,7 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
                   .initial = {const_cast<float*>(a.d_final_state), nullptr, stride},
                   .final = {a.d_initial_state, nullptr, stride},
                   .states = d_states};
-  Chain(p, chains, stream);
+  Chain(device, p, chains);
   WithKeyDim(p.key_dim, [&]<int K>() {
     const bool per_key = p.gate_kind == GateKind::kPerKey;
     void (*const kernel)(BackwardProblem) =

@@ -1,66 +1,274 @@
-// The forward pass of the chunkwise form on tensor cores: Prepare, Chain, then every tile's
-//   o = q~ S + A v
-// at once, S the state before the tile.
+// The forward pass of the chunkwise form on tensor cores: Prepare, then from tile to tile
+//   o = q~ S + A v    S = D S + k~^T v
+// with S in registers: no state but a sequence's last leaves the chip.
+//
+// Inside a segment S is kept as P s + E, s the segment's start state, P the product of the decays
+// since and E what the segment itself has added. So the start state of the next segment is
+// fma(P, s, E) whether one block walks through all segments of a sequence, or a pass before has
+// made E of all segments, a scan s, and each segment is a block's own: the bits are the same, and
+// the choice can be made by what fills the device.
+#include <algorithm>
+
 #include "kernels/cuda/attention_tensor.cuh"
 #include "kernels/cuda/attention_tensor_entry.h"
 
 namespace gla {
 namespace {
 
-template <int K>
-constexpr size_t OutputBytes() {
-  return 1024 + 2 * K * kTileRowBytes + 2 * kTileBytes;
-}
+enum class Walk {
+  kEnds,     // segments without their starts: E and P
+  kOutputs,  // o and the last states
+  kDeep,     // the same with more copies under way, for one block to a multiprocessor
+};
 
-// A block to a (tile, head, 64 columns of V).
-template <int K>
-__global__ void __launch_bounds__(128)
-    OutputKernel(const TensorProblem p, const char* states, bf16* o, int64_t o_stride) {
-  extern __shared__ __align__(16) char raw_shared[];
-  char* const queries = AlignedShared(raw_shared);
-  char* const state = queries + K * kTileRowBytes;
-  char* const scores = state + K * kTileRowBytes;
-  char* const values = scores + kTileBytes;
-  const int value_tiles = p.value_dim / 64, value_tile = blockIdx.x % value_tiles;
-  TilePlace at;
-  if (!at.Find(p, blockIdx.x / value_tiles)) return;
-  const int id = threadIdx.x;
-  const int64_t column = int64_t{at.head} * p.value_dim + 64 * value_tile;
-  CopyLinear<K * kTileRowBytes, 128>(queries, p.queries + at.index * K * kTileRowBytes, id);
-  CopyLinear<K * kTileRowBytes, 128>(
-      state, states + (at.index * value_tiles + value_tile) * K * kTileRowBytes, id);
-  CopyLinear<kTileBytes, 128>(scores, p.scores + at.index * kTileBytes, id);
-  CopyTile<128>(values, p.v + at.row0 * p.v_stride + column, p.v_stride, at.tokens, id);
-  CommitCopies();
-  WaitCopies<0>();
-  FenceShared();
+template <int K, Walk kWalk>
+struct WalkShape {
+  static constexpr bool kEnds = kWalk == Walk::kEnds;
+  static constexpr int kGroups = K / 64;  // of four warps, 64 rows of the state each
+  static constexpr int kThreads = 128 * kGroups;
+  static constexpr int kBlocks =  // on a multiprocessor
+      kWalk == Walk::kDeep || K == 256 ? 1 : 2;
+  static constexpr int kStages = kEnds || kWalk == Walk::kDeep ? 4 : K == 64 ? 3 : 2;
+  static constexpr int kImageBytes = K * kTileRowBytes;  // of q~, k~ or S
+  // of a stage: k~, and for outputs q~ and A; then v
+  static constexpr int kCopiedBytes = kEnds ? kImageBytes : 2 * kImageBytes + kTileBytes;
+  static constexpr int kStageBytes = kCopiedBytes + kTileBytes;
+  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + (kEnds ? 0 : kImageBytes);
+};
+
+// A block to a (segment or sequence, head, 64 columns of V).
+template <int K, Walk kWalk>
+__global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kWalk>::kBlocks)
+    WalkKernel(const TensorProblem p, const States initial, const States final, bf16* o,
+               int64_t o_stride) {
+  using Shape = WalkShape<K, kWalk>;
+  constexpr bool kEnds = Shape::kEnds;
+  constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages;
+  extern __shared__ __align__(1024) char raw_shared[];
+  const uint32_t barriers = SharedAddress(raw_shared);
+  if (barriers % 1024 != 0) __trap();
+  char* const stages = raw_shared + 1024;
+  char* const state = stages + kStages * Shape::kStageBytes;  // S; then the tile of o
+  const auto full = [&](int stage) { return barriers + 8 * stage; };
+  const int id = threadIdx.x, group = GroupOfWarps();
+  if (id == 0) {
+    for (int i = 0; i < kStages; ++i) InitBarrier(full(i), 1);
+    FenceBarriers();
+  }
   __syncthreads();
+  WaitForPrevious();
+  AllowNext();
+  const int value_tiles = p.value_dim / 64, value_tile = blockIdx.x % value_tiles;
+  const int head = blockIdx.x / value_tiles % p.heads;
+  const int item = blockIdx.x / value_tiles / p.heads;
+  const int seq = p.is_segmented ? FindSequence(p.segment_begin, p.num_seqs, item) : item;
+  if (seq < 0) return;
+  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
+  const int each = p.SegmentTiles(num_tiles);
+  const int begin = p.is_segmented ? (item - p.segment_begin[seq]) * each : 0;
+  const int end = p.is_segmented ? min(num_tiles, begin + each) : num_tiles;
+  const bool is_last = end == num_tiles;
+  if (kEnds && is_last) return;
+  const int count = end - begin;
+  const int64_t row_begin = p.cu_seqlens[seq] + int64_t{kTileTokens} * begin;
+  const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
+  const int64_t column = int64_t{head} * p.value_dim + 64 * value_tile;
+  const int64_t item_head = int64_t{item} * p.heads + head;
+  const int row = 64 * group + SumRow(0);  // and row + 8
 
-  float sum[32];
-  BeginProducts();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    Wgmma<64, kAlongColumns, kAlongRows>(sum, TileOperand<kAlongColumns>(scores, i),
-                                         TileOperand<kAlongRows>(values, i), i > 0);
-  }
-#pragma unroll
-  for (int i = 0; i < K / 16; ++i) {
-    Wgmma<64, kAlongColumns, kAlongRows>(
-        sum, TileOperand<kAlongColumns>(queries + i / 4 * kTileBytes, i % 4),
-        TileOperand<kAlongRows>(state, i));
-  }
-  CommitProducts();
-  WaitProducts<0>();
-  __syncthreads();  // `values` becomes the result's place
+  // From here on tiles count from `begin`.
+  const auto index_of = [&](int tile) {
+    return int64_t{first_tile + begin + tile} * p.heads + head;
+  };
+  const auto stage_of = [&](int tile) { return stages + tile % kStages * Shape::kStageBytes; };
+  // What a tile has as images; by one thread.
+  const auto copy = [&](int tile) {
+    if (tile >= count) return;
+    const uint32_t barrier = full(tile % kStages), to = SharedAddress(stage_of(tile));
+    const int64_t index = index_of(tile);
+    ArriveExpecting(barrier, Shape::kCopiedBytes);
+    CopyBulk(to, p.keys + index * Shape::kImageBytes, Shape::kImageBytes, barrier);
+    if constexpr (!kEnds) {
+      CopyBulk(to + Shape::kImageBytes, p.queries + index * Shape::kImageBytes, Shape::kImageBytes,
+               barrier);
+      CopyBulk(to + 2 * Shape::kImageBytes, p.scores + index * kTileBytes, kTileBytes, barrier);
+    }
+  };
+  const auto load_values = [&](int tile) {
+    if (tile < count) {
+      CopyTile<kThreads>(stage_of(tile) + Shape::kCopiedBytes,
+                         p.v + (row_begin + int64_t{kTileTokens} * tile) * p.v_stride + column,
+                         p.v_stride, min(kTileTokens, length - kTileTokens * tile), id);
+    }
+    CommitCopies();
+  };
+  float next_decays[2] = {};
+  const auto load_decays = [&](int tile) {
+    if (tile >= count) return;
+    const float* const from = p.decays + index_of(tile) * K + row;
+    next_decays[0] = from[0], next_decays[1] = from[8];
+  };
 
+  if (id == 0) {
+    for (int i = 0; i < kStages; ++i) copy(i);
+  }
+  for (int i = 0; i < kStages - 1; ++i) load_values(i);
+  load_decays(0);
+  float start[32] = {}, own[32] = {}, product[2] = {1, 1};  // s, E, P
+  // where element pair i of a thread stands in a state of [K, V]
+  const auto place = [&](int i) {
+    return int64_t{row + (i & 2 ? 8 : 0)} * p.value_dim + 64 * value_tile + SumColumn(i / 4, 0);
+  };
+  const int64_t head_size = int64_t{K} * p.value_dim;
+  if constexpr (!kEnds) {
+    const float* from = nullptr;
+    if (p.is_segmented) {
+      from = p.starts[0] + item_head * head_size;
+    } else if (initial.Of(seq) != nullptr) {
+      from = initial.Of(seq) + head * head_size;
+    }
+    if (from != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        const float2 pair = *reinterpret_cast<const float2*>(from + place(i));
+        start[i] = pair.x, start[i + 1] = pair.y;
+      }
+    }
+  }
+  int left = each;  // tiles of this segment
+
+  for (int tile = 0; tile < count; ++tile) {
+    const char* const keys = stage_of(tile);
+    const char* const values = keys + Shape::kCopiedBytes;
+    WaitCopies<kStages - 2>();
+    FenceShared();
+    WaitBarrier(full(tile % kStages), tile / kStages & 1);
+    __syncthreads();  // also: this block has done with the tile before, and with `state`
+    load_values(tile + kStages - 1);
+    if (tile > 0 && id == 0) copy(tile + kStages - 1);
+    if constexpr (!kEnds) {
+      if (left == 0) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+          start[i] = fmaf(product[i / 2 % 2], start[i], own[i]);
+          own[i] = 0;
+        }
+        product[0] = product[1] = 1;
+        left = each;
+      }
+      --left;
+      char* const rows = state + group * kTileBytes;
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        const float factor = product[i / 2 % 2];
+        *reinterpret_cast<uint32_t*>(rows + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
+            PackBf16(fmaf(factor, start[i], own[i]), fmaf(factor, start[i + 1], own[i + 1]));
+      }
+      FenceShared();
+    }
+    const float decays[2] = {next_decays[0], next_decays[1]};
+    load_decays(tile + 1);
+    product[0] *= decays[0], product[1] *= decays[1];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) own[i] *= decays[i / 2 % 2];
+
+    const auto update = [&] {
+      BeginProducts();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<64, kAlongRows, kAlongRows>(own,
+                                          TileOperand<kAlongRows>(keys + group * kTileBytes, i),
+                                          TileOperand<kAlongRows>(values, i));
+      }
+      CommitProducts();
+    };
+    update();
+    if constexpr (kEnds) {
+      WaitProducts<0>();
+    } else {
+      __syncthreads();                       // S is whole
+      if (group != tile % Shape::kGroups) {  // the groups take turns at o
+        WaitProducts<0>();
+        continue;
+      }
+      const char* const queries = keys + Shape::kImageBytes;
+      const char* const scores = queries + Shape::kImageBytes;
+      float sum[32];
+      BeginProducts();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Wgmma<64, kAlongColumns, kAlongRows>(sum, TileOperand<kAlongColumns>(scores, i),
+                                             TileOperand<kAlongRows>(values, i), i > 0);
+      }
+#pragma unroll
+      for (int i = 0; i < K / 16; ++i) {
+        Wgmma<64, kAlongColumns, kAlongRows>(
+            sum, TileOperand<kAlongColumns>(queries + i / 4 * kTileBytes, i % 4),
+            TileOperand<kAlongRows>(state, i));
+      }
+      CommitProducts();
+      WaitProducts<0>();
+      const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); };
+      meet();  // the group has read S
+#pragma unroll
+      for (int i = 0; i < 32; i += 2) {
+        *reinterpret_cast<uint32_t*>(state + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
+            PackBf16(sum[i], sum[i + 1]);
+      }
+      meet();
+      StoreTile<128>(o + (row_begin + int64_t{kTileTokens} * tile) * o_stride + column, o_stride,
+                     state, min(kTileTokens, length - kTileTokens * tile), id % 128);
+    }
+  }
+  float* to = nullptr;
+  if constexpr (kEnds) {
+    to = p.starts[0] + item_head * head_size;
+    if (value_tile == 0 && id % 4 == 0) {
+      float* const products = p.segment_decays[0] + item_head * K + row;
+      products[0] = product[0], products[8] = product[1];
+    }
+  } else if (is_last && final.Of(seq) != nullptr) {
+    to = final.Of(seq) + head * head_size;
+  }
+  if (to == nullptr) return;
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
-    *reinterpret_cast<uint32_t*>(values + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
-        PackBf16(sum[i], sum[i + 1]);
+    float2 pair = {own[i], own[i + 1]};
+    if constexpr (!kEnds) {
+      const float factor = product[i / 2 % 2];
+      // without tokens a state is carried as it is
+      pair = count == 0
+                 ? float2{start[i], start[i + 1]}
+                 : float2{fmaf(factor, start[i], pair.x), fmaf(factor, start[i + 1], pair.y)};
+    }
+    *reinterpret_cast<float2*>(to + place(i)) = pair;
   }
-  __syncthreads();
-  StoreTile<128>(o + at.row0 * o_stride + column, o_stride, values, at.tokens, id);
 }
+
+// What WalkKernel takes beside the problem, and how many segments or sequences there are at most.
+struct WalkArgs {
+  States initial, final;
+  bf16* o;
+  int64_t o_stride;
+  int64_t items;
+};
+
+template <int K, Walk kWalk>
+void LaunchWalk(Device& device, const TensorProblem& p, const WalkArgs& w) {
+  using Shape = WalkShape<K, kWalk>;
+  const int value_tiles = p.value_dim / 64;
+  LaunchOverlapped(device, WalkKernel<K, kWalk>,
+                   {.blocks = GridOf(w.items * p.heads * value_tiles),
+                    .threads = Shape::kThreads,
+                    .shared_bytes = Shape::kBytes},
+                   p, w.initial, w.final, w.o, w.o_stride);
+}
+
+constexpr int kMultiprocessors = 132;
+// Blocks of WalkKernel that fill the device once.
+int WalkSlots(int key_dim) { return key_dim == 256 ? 128 : 256; }
+// More sequences than these are never walked segment by segment, which bounds the workspace.
+constexpr int kMaxSegmentedSeqs = 16;
 
 TensorProblem ProblemOf(const LinearAttentionArgs& a) {
   TensorProblem p{};
@@ -76,11 +284,24 @@ TensorProblem ProblemOf(const LinearAttentionArgs& a) {
   p.num_seqs = a.seqs.num_seqs, p.num_rows = a.seqs.num_rows, p.max_len = a.seqs.max_len;
   p.heads = a.num_heads, p.key_dim = a.key_dim, p.value_dim = a.value_dim;
   p.scale = a.scale;
+  const int columns = p.heads * (p.value_dim / 64);
+  p.segment_goal = std::max(1, WalkSlots(p.key_dim) / columns);
+  if (CeilDiv(p.max_len, kTileTokens) > kUncutTiles && p.segment_goal > 1) {
+    const int64_t seqs = std::min(p.num_seqs, kMaxSegmentedSeqs);
+    const int64_t tiles = p.num_rows / kTileTokens + seqs;
+    p.max_segments = std::min(seqs * p.segment_goal, seqs + tiles / kLeastSegmentTiles);
+    // Walked from end to end, sequences of the longest one's length must come near to filling it.
+    const int64_t blocks = int64_t{p.num_rows} / p.max_len * columns;
+    p.is_segmented = p.num_seqs <= kMaxSegmentedSeqs && blocks < 96;
+  }
   return p;
 }
 
-int64_t StateImageBytes(const TensorProblem& p) {
-  return p.max_tiles() * p.heads * p.value_dim / 64 * p.key_dim * kTileRowBytes;
+int64_t WalkItems(const TensorProblem& p) {
+  if (!p.is_segmented) return p.num_seqs;
+  if (p.num_seqs > 1) return p.max_segments;
+  const int tiles = CeilDiv(p.num_rows, kTileTokens);
+  return CeilDiv(tiles, p.SegmentTiles(tiles));
 }
 
 }  // namespace
@@ -99,31 +320,32 @@ bool TensorForwardFits(const LinearAttentionArgs& a) {
 
 size_t TensorForwardBytes(const LinearAttentionArgs& a) {
   TensorProblem p = ProblemOf(a);
-  return PlaceWorkspace(p, 1, nullptr) + StateImageBytes(p);
+  return PlaceWorkspace(p, 1, nullptr);
 }
 
 void TensorForward(Device& device, const LinearAttentionArgs& a) {
-  const cudaStream_t stream = Queue(device);
   TensorProblem p = ProblemOf(a);
-  char* const workspace = static_cast<char*>(a.workspace);
-  char* const states = workspace + PlaceWorkspace(p, 1, workspace);
-  Prepare(p, stream);
-  Chains chains = {.count = 1};
-  chains.of[0] = {.keys = p.keys,
-                  .values = p.v,
-                  .value_stride = p.v_stride,
-                  .backwards = false,
-                  .initial = {a.state, a.seqs.read_slots, a.state_stride},
-                  .final = {a.state, a.seqs.write_slots, a.state_stride},
-                  .states = states};
-  Chain(p, chains, stream);
+  PlaceWorkspace(p, 1, static_cast<char*>(a.workspace));
+  Prepare(device, p);
+  const WalkArgs w = {.initial = {a.state, a.seqs.read_slots, a.state_stride},
+                      .final = {a.state, a.seqs.write_slots, a.state_stride},
+                      .o = static_cast<bf16*>(a.o),
+                      .o_stride = a.o_stride,
+                      .items = WalkItems(p)};
   WithKeyDim(p.key_dim, [&]<int K>() {
-    AllowShared(OutputKernel<K>, OutputBytes<K>());
-    OutputKernel<K>
-        <<<GridOf(p.max_tiles() * p.heads * (p.value_dim / 64)), 128, OutputBytes<K>(), stream>>>(
-            p, states, static_cast<bf16*>(a.o), a.o_stride);
+    if (p.is_segmented) {
+      LaunchWalk<K, Walk::kEnds>(device, p, w);
+      Chains chains = {.count = 1};
+      chains.of[0].initial = w.initial;  // read before anyone writes a slot
+      ScanSegments(device, p, chains);
+    }
+    if constexpr (K == 128) {
+      if (w.items * p.heads * (p.value_dim / 64) <= kMultiprocessors) {
+        return LaunchWalk<K, Walk::kDeep>(device, p, w);
+      }
+    }
+    LaunchWalk<K, Walk::kOutputs>(device, p, w);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gla

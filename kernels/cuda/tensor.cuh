@@ -114,6 +114,43 @@ __device__ void StoreTile(bf16* to, int64_t stride, const char* tile, int valid_
   }
 }
 
+// ---- Bulk copies and the barriers that they end at ----------------------------------------------
+
+// Barriers in shared memory, by address: a phase ends after `count` arrivals and all bytes that
+// were announced. The first phase has parity 0.
+__device__ inline void InitBarrier(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// By the thread that initialized, before the block meets.
+__device__ inline void FenceBarriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void ArriveExpecting(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ inline void WaitBarrier(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+// `bytes` (a multiple of 16), announced at `barrier`. By one thread; the matrix units need no
+// fence.
+__device__ inline void CopyBulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- wgmma: 64 x N += 64 x 16 times 16 x N, by a group of four warps ----------------------------
 
 // How an operand's tile is contracted.
@@ -258,5 +295,10 @@ __device__ inline float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Pairs.
+__device__ inline float2 Exp2(float2 x) { return {Exp2(x.x), Exp2(x.y)}; }
+__device__ inline float2 Product(float2 x, float2 y) { return {x.x * y.x, x.y * y.y}; }
+__device__ inline uint32_t PackBf16(float2 x) { return PackBf16(x.x, x.y); }
 
 }  // namespace gla

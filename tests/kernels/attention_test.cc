@@ -282,7 +282,15 @@ TEST(LinearAttention, EqualsArithmeticAtTheSizesOfTensorCores) {
     Check(c, kFew);
     c.K = 64, c.H = c.G = 1;
     Check(c, {2100, 0, 50, 2048, 2049});  // segments
+    for (int shift = 0; shift < 5; ++shift) Check(c, {513, 0, 512, 1300, 767}, shift);
   }
+  // one sequence in few and in many segments, in place, and more than are cut into segments
+  const Case c = {.H = 2, .G = 2, .K = 128, .V = 128, .dtype = DType::kBFloat16};
+  for (int length : {512, 513, 576, 1024, 1025, 4500}) Check(c, {length});
+  Check({.H = 4, .G = 4, .K = 128, .V = 256, .dtype = DType::kBFloat16}, {5000, 1});
+  Check({.H = 2, .G = 2, .K = 256, .V = 128, .dtype = DType::kBFloat16}, {2100, 700});
+  Check({.H = 1, .G = 1, .K = 64, .V = 64, .dtype = DType::kBFloat16},
+        {600, 17, 0, 33, 700, 20, 64, 65, 1000, 30, 0, 0, 513, 50, 60, 70, 80, 512, 577});
   for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing, Gates::kLongMemory}) {
     for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
       Check({.H = 2,
@@ -478,6 +486,37 @@ TEST(LinearAttention, ASequencesBitsDependOnNothingButTheSequence) {
                                  Slice(all.state, at, c.state_size())))
               << "sequence " << n;
         }
+      }
+    }
+  }
+}
+
+// Alone a long sequence is walked segment by segment, among many from end to end.
+TEST(ChunkLinearAttention, ManyLongSequencesKeepTheBitsOfEachAlone) {
+  for (GateKind kind : kKinds) {
+    for (int K : {64, 128, 256}) {
+      const Case c = {.H = 2, .G = 2, .K = K, .V = 64, .kind = kind, .dtype = DType::kBFloat16};
+      SCOPED_TRACE(c.name());
+      const Ragged seqs({900, 5, 513, 64, 1500, 0, 577, 512, 1, 2, 3, 4, 5, 6, 7, 8, 700, 65}, 0,
+                        7);
+      const Inputs in(c, seqs.num_rows(), seqs.num_slots);
+      const Result all = RunAttention(Form::kChunkWorkspace, c, in, seqs);
+      for (int n : {0, 2, 4, 6, 7, 16}) {
+        Ragged one({seqs.lengths[n]}, 0, 7);
+        one.device_read_slots = Upload(std::vector<int32_t>{seqs.read_slots[n]});
+        one.device_write_slots = Upload(std::vector<int32_t>{seqs.write_slots[n]});
+        const Inputs part = Rows(c, in, seqs.cu_seqlens[n], seqs.lengths[n]);
+        const Result alone = RunAttention(Form::kChunkWorkspace, c, part, one);
+        const auto rows = Slice(all.o, size_t(seqs.cu_seqlens[n]) * c.o_stride(),
+                                size_t(seqs.lengths[n]) * c.o_stride());
+        ASSERT_TRUE(IsSameBits(Columns(alone.o, c.o_stride(), 0, c.H * c.V),
+                               Columns(rows, c.o_stride(), 0, c.H * c.V)))
+            << "sequence " << n;
+        if (seqs.write_slots[n] < 0) continue;
+        const size_t at = seqs.write_slots[n] * c.state_stride();
+        ASSERT_TRUE(IsSameBits(Slice(alone.state, at, c.state_size()),
+                               Slice(all.state, at, c.state_size())))
+            << "sequence " << n;
       }
     }
   }
