@@ -186,12 +186,23 @@ struct Sequences {
 // How a recurrent state rests in its slot.
 //   kFloat32  [heads, K, V] float32
 //   kInt16    [heads, K, V] int16, and behind it (from the next multiple of 16 bytes)
-//             [heads, K, ceil(V / 64)] float32 scales: value = int16 * scale, with one scale for 64
-//             neighbours along V, scale = max |value| / 32767 (0 when all are 0), rounded to
-//             nearest, ties to even. A value that is not finite makes the scale NaN.
+//             [heads, K, ceil(V / 64)] float32 scales, one for 64 neighbours along V:
+//               value = int16 * scale, scale = m / 32767, int16 = round(value * (32767 / m)),
+//             m the largest absolute value of the 64, each step in float32, ties to even. m below
+//             2^-100: all are 0. A value that is not finite makes the scale NaN, hence all 64.
 enum class StateFormat : uint8_t { kFloat32, kInt16 };
+constexpr int kStateTile = 64;  // neighbours that share a scale
+// Bytes from a state to its scales.
+constexpr int64_t Int16ScalesAt(int heads, int key_dim, int value_dim) {
+  return (int64_t{2} * heads * key_dim * value_dim + 15) / 16 * 16;
+}
 // Bytes of one state, without padding behind it.
-int64_t StateBytes(StateFormat format, int heads, int key_dim, int value_dim);
+constexpr int64_t StateBytes(StateFormat format, int heads, int key_dim, int value_dim) {
+  const int64_t rows = int64_t{heads} * key_dim;
+  if (format == StateFormat::kFloat32) return 4 * rows * value_dim;
+  return Int16ScalesAt(heads, key_dim, value_dim) +
+         4 * rows * ((value_dim + kStateTile - 1) / kStateTile);
+}
 
 // states[n] = the state in slots[n] (-1: zero), for the kernels that compute on float32.
 struct UnpackStatesArgs {

@@ -1,0 +1,103 @@
+// States between their slots and float32, see StateFormat in kernels.h.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/common.h"
+#include "kernels/kernels.h"
+
+namespace gla {
+namespace {
+
+struct Int16Scale {
+  float scale, inverse;
+
+  // `bits`: of the largest absolute value. As integers, NaN > infinity > numbers.
+  static Int16Scale Of(uint32_t bits) {
+    if (bits >= 0x7F800000u) return {std::numeric_limits<float>::quiet_NaN(), 0};
+    const float largest = std::bit_cast<float>(bits);
+    if (largest < 0x1p-100f) return {0, 0};
+    return {largest / 32767.0f, 32767.0f / largest};
+  }
+};
+
+void UnpackRow(const int16_t* from, const float* scales, int value_dim, float* to) {
+  for (int begin = 0; begin < value_dim; begin += kStateTile) {
+    const float scale = *scales++;
+    const int end = std::min(begin + kStateTile, value_dim);
+    for (int c = begin; c < end; ++c) to[c] = static_cast<float>(from[c]) * scale;
+  }
+}
+
+void PackRow(const float* from, int value_dim, int16_t* to, float* scales) {
+  for (int begin = 0; begin < value_dim; begin += kStateTile) {
+    const int end = std::min(begin + kStateTile, value_dim);
+    uint32_t largest = 0;
+    for (int c = begin; c < end; ++c) {
+      largest = std::max(largest, std::bit_cast<uint32_t>(from[c]) & 0x7FFFFFFFu);
+    }
+    const Int16Scale scale = Int16Scale::Of(largest);
+    *scales++ = scale.scale;
+    if (scale.inverse == 0) {
+      std::fill(to + begin, to + end, int16_t{0});
+      continue;
+    }
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+    for (int c = begin; c < end; ++c) {
+      const float rounded = from[c] * scale.inverse + 0x1.8p23f;
+      to[c] = static_cast<int16_t>(std::bit_cast<uint32_t>(rounded));
+    }
+  }
+}
+
+}  // namespace
+
+void UnpackStates(Device& device, const UnpackStatesArgs& a) {
+  const int64_t rows = int64_t{a.heads} * a.key_dim;
+  const int64_t scales_at = Int16ScalesAt(a.heads, a.key_dim, a.value_dim);
+  const int pieces = (a.value_dim + kStateTile - 1) / kStateTile;
+  ParallelFor(device, a.num_states * rows, a.value_dim * kCopyNs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t slot = a.slots[i / rows], row = i % rows;
+      float* const to = a.states + i * a.value_dim;
+      if (slot < 0) {
+        std::fill_n(to, a.value_dim, 0.0f);
+        continue;
+      }
+      const char* const state = static_cast<const char*>(a.slots_begin) + slot * a.slot_stride;
+      if (a.format == StateFormat::kFloat32) {
+        std::memcpy(to, reinterpret_cast<const float*>(state) + row * a.value_dim,
+                    sizeof(float) * static_cast<size_t>(a.value_dim));
+      } else {
+        UnpackRow(reinterpret_cast<const int16_t*>(state) + row * a.value_dim,
+                  reinterpret_cast<const float*>(state + scales_at) + row * pieces, a.value_dim,
+                  to);
+      }
+    }
+  });
+}
+
+void PackStates(Device& device, const PackStatesArgs& a) {
+  const int64_t rows = int64_t{a.heads} * a.key_dim;
+  const int64_t scales_at = Int16ScalesAt(a.heads, a.key_dim, a.value_dim);
+  const int pieces = (a.value_dim + kStateTile - 1) / kStateTile;
+  ParallelFor(device, a.num_states * rows, a.value_dim * kCopyNs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t slot = a.slots[i / rows], row = i % rows;
+      if (slot < 0) continue;
+      const float* const from = a.states + i * a.value_dim;
+      char* const state = static_cast<char*>(a.slots_begin) + slot * a.slot_stride;
+      if (a.format == StateFormat::kFloat32) {
+        std::memcpy(reinterpret_cast<float*>(state) + row * a.value_dim, from,
+                    sizeof(float) * static_cast<size_t>(a.value_dim));
+      } else {
+        PackRow(from, a.value_dim, reinterpret_cast<int16_t*>(state) + row * a.value_dim,
+                reinterpret_cast<float*>(state + scales_at) + row * pieces);
+      }
+    }
+  });
+}
+
+}  // namespace gla

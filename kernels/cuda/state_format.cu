@@ -1,0 +1,100 @@
+// States between their slots and float32: a warp to a piece of 64 columns.
+#include "kernels/cuda/state_format.cuh"
+#include "kernels/kernels.h"
+
+namespace gla {
+namespace {
+
+constexpr int kThreads = 256;
+
+// A warp's piece of a row: `row` counts the rows of all heads of one state.
+struct Piece {
+  int64_t state, row;
+  int column, count;
+  bool exists;
+
+  __device__ Piece(int num_states, int64_t rows, int value_dim) {
+    const int pieces = CeilDiv(value_dim, kStateTile);
+    const int64_t item = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
+    state = item / (rows * pieces);
+    row = item / pieces % rows;
+    column = static_cast<int>(item % pieces) * kStateTile;
+    count = min(value_dim - column, kStateTile);
+    exists = state < num_states;
+  }
+};
+
+unsigned Grid(int num_states, int heads, int key_dim, int value_dim) {
+  const int64_t pieces = int64_t{num_states} * heads * key_dim * CeilDiv(value_dim, kStateTile);
+  return GridOf(CeilDiv(pieces, int64_t{kThreads / 32}));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    UnpackKernel(const UnpackStatesArgs a, int64_t rows, int64_t scales_at) {
+  const Piece at(a.num_states, rows, a.value_dim);
+  if (!at.exists) return;
+  const int slot = a.slots[at.state];
+  const char* const state = static_cast<const char*>(a.slots_begin) + slot * a.slot_stride;
+  const int64_t from = at.row * a.value_dim + at.column;
+  float* const to = a.states + at.state * rows * a.value_dim + from;
+  const bool is_int16 = a.format == StateFormat::kInt16;
+  const int64_t scale_at = at.row * CeilDiv(a.value_dim, kStateTile) + at.column / kStateTile;
+  const float scale =
+      slot >= 0 && is_int16 ? reinterpret_cast<const float*>(state + scales_at)[scale_at] : 0;
+  for (int c = threadIdx.x % 32; c < at.count; c += 32) {
+    float x = 0;
+    if (slot >= 0) {
+      x = is_int16 ? static_cast<float>(reinterpret_cast<const int16_t*>(state)[from + c]) * scale
+                   : reinterpret_cast<const float*>(state)[from + c];
+    }
+    to[c] = x;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    PackKernel(const PackStatesArgs a, int64_t rows, int64_t scales_at) {
+  const Piece at(a.num_states, rows, a.value_dim);
+  if (!at.exists) return;
+  const int slot = a.slots[at.state];
+  if (slot < 0) return;
+  char* const state = static_cast<char*>(a.slots_begin) + slot * a.slot_stride;
+  const int64_t to = at.row * a.value_dim + at.column;
+  const float* const from = a.states + at.state * rows * a.value_dim + to;
+  const int lane = threadIdx.x % 32;
+  const float x[2] = {lane < at.count ? from[lane] : 0.0f,
+                      lane + 32 < at.count ? from[lane + 32] : 0.0f};
+  if (a.format == StateFormat::kFloat32) {
+    if (lane < at.count) reinterpret_cast<float*>(state)[to + lane] = x[0];
+    if (lane + 32 < at.count) reinterpret_cast<float*>(state)[to + lane + 32] = x[1];
+    return;
+  }
+  uint32_t largest = max(__float_as_uint(x[0]) & 0x7FFFFFFFu, __float_as_uint(x[1]) & 0x7FFFFFFFu);
+  largest = __reduce_max_sync(0xFFFFFFFFu, largest);
+  const Int16Scale scale = Int16Scale::Of(largest);
+  int16_t* const out = reinterpret_cast<int16_t*>(state) + to;
+  if (lane < at.count) out[lane] = static_cast<int16_t>(scale.Round(x[0]));
+  if (lane + 32 < at.count) out[lane + 32] = static_cast<int16_t>(scale.Round(x[1]));
+  if (lane == 0) {
+    reinterpret_cast<float*>(
+        state + scales_at)[at.row * CeilDiv(a.value_dim, kStateTile) + at.column / kStateTile] =
+        scale.scale;
+  }
+}
+
+}  // namespace
+
+void UnpackStates(Device& device, const UnpackStatesArgs& a) {
+  if (a.num_states == 0) return;
+  UnpackKernel<<<Grid(a.num_states, a.heads, a.key_dim, a.value_dim), kThreads, 0, Queue(device)>>>(
+      a, int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void PackStates(Device& device, const PackStatesArgs& a) {
+  if (a.num_states == 0) return;
+  PackKernel<<<Grid(a.num_states, a.heads, a.key_dim, a.value_dim), kThreads, 0, Queue(device)>>>(
+      a, int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
+  CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace gla
