@@ -96,9 +96,9 @@ std::vector<float> SlotValues(const Problem& p, const DeviceBuffer& slots, int n
 }
 
 // Rows [first, first + count) of the problem; returns y [count, H, V].
-std::vector<float> Run(const Problem& p, const DeviceBuffer& slots,
-                       const std::vector<int32_t>& read, const std::vector<int32_t>& write,
-                       int first, int count) {
+std::vector<float> RunRows(const Problem& p, const DeviceBuffer& slots,
+                           const std::vector<int32_t>& read, const std::vector<int32_t>& write,
+                           int first, int count) {
   const Case& c = p.c;
   const std::vector<float> rows(p.input.begin() + static_cast<int64_t>(first) * p.width,
                                 p.input.begin() + static_cast<int64_t>(first + count) * p.width);
@@ -194,7 +194,7 @@ TEST_P(DecodeAttentionTest, IsTheRecurrenceInEveryPatternOfSlots) {
   const Ragged ragged(std::vector<int>(rows, 1), 0, 8);
   std::vector<float> before;
   const DeviceBuffer slots = MakeSlots(p, ragged.num_slots, &before);
-  const std::vector<float> y = Run(p, slots, ragged.read_slots, ragged.write_slots, 0, rows);
+  const std::vector<float> y = RunRows(p, slots, ragged.read_slots, ragged.write_slots, 0, rows);
   const std::vector<float> after = SlotValues(p, slots, ragged.num_slots);
   std::vector<float> want_slots = before;
   double error = 0, size = 0;
@@ -229,12 +229,12 @@ TEST_P(DecodeAttentionTest, ARowHasTheSameBitsInEveryCall) {
   std::iota(all.begin(), all.end(), 0);
   const DeviceBuffer together = MakeSlots(p, rows, &before);
   const DeviceBuffer apart = MakeSlots(p, rows, &before);
-  const std::vector<float> want = Run(p, together, all, all, 0, rows);
+  const std::vector<float> want = RunRows(p, together, all, all, 0, rows);
   const size_t width = want.size() / rows;
   for (int first = 0, count = 1; first < rows;
        first += count, count = std::min(2 * count, rows - first)) {
     const std::vector<int32_t> ids(all.begin() + first, all.begin() + first + count);
-    const std::vector<float> got = Run(p, apart, ids, ids, first, count);
+    const std::vector<float> got = RunRows(p, apart, ids, ids, first, count);
     EXPECT_EQ(std::memcmp(got.data(), &want[first * width], got.size() * 4), 0);
   }
   EXPECT_EQ(SlotValues(p, together, rows), SlotValues(p, apart, rows));
@@ -262,9 +262,9 @@ TEST(DecodeAttention, SlotsBeyondTwoToThe31) {
   ASSERT_TRUE(pool.ok());
   const int last = num_slots - 1;
   TestDevice().Fill(pool.as<char>() + last * p.stride, 0, 512 * 1024);
-  const std::vector<float> high = Run(p, pool, {last, -1}, {last, 0}, 0, 2);
+  const std::vector<float> high = RunRows(p, pool, {last, -1}, {last, 0}, 0, 2);
   TestDevice().Fill(pool.data(), 0, 512 * 1024);
-  const std::vector<float> low = Run(p, pool, {0, -1}, {0, 1}, 0, 2);
+  const std::vector<float> low = RunRows(p, pool, {0, -1}, {0, 1}, 0, 2);
   EXPECT_EQ(high, low);
 }
 
