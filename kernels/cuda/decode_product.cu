@@ -1,0 +1,192 @@
+// The products of a decode step: which kernel serves how many rows, and the embedding before them.
+#include <algorithm>
+#include <initializer_list>
+
+#include "kernels/cuda/decode_entry.h"
+#include "kernels/cuda/decode_product.cuh"
+#include "kernels/cuda/decode_product_few.cuh"
+#include "kernels/cuda/decode_product_tile.cuh"
+
+namespace gla {
+namespace {
+
+// ---- The copy engine's view of a matrix ---------------------------------------------------------
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// bfloat16, `box` elements at a time in the swizzle of tensor.cuh; `strides` (elements) of all
+// sides but the first. What lies outside reads as zero.
+CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides,
+                  std::initializer_list<uint64_t> strides, std::initializer_list<uint32_t> box) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                cudaEnableDefault, &found));
+    GLA_REQUIRES(found == cudaDriverEntryPointSuccess, "a driver that knows tensor maps");
+    return reinterpret_cast<EncodeTiled>(function);
+  }();
+  CUtensorMap map;
+  uint64_t bytes[4] = {};
+  std::transform(strides.begin(), strides.end(), bytes,
+                 [](uint64_t s) { return s * sizeof(bf16); });
+  const uint32_t steps[4] = {1, 1, 1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<uint32_t>(sides.size()),
+             const_cast<void*>(data), sides.begin(), bytes, box.begin(), steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  GLA_REQUIRES(result == CUDA_SUCCESS, "a matrix that the copy engine can read");
+  return map;
+}
+
+// ---- Launches -----------------------------------------------------------------------------------
+
+template <int kTiles>
+void LaunchFewRows(Device& device, const ProductParams& p) {
+  const int tiles_out = CeilDiv(p.out, 16);
+  const unsigned grid = GridOf(int64_t{tiles_out} * CeilDiv(p.rows, kTiles * 8));
+  const auto launch = [&]<int kDepth, bool kOnce>() {
+    LaunchOverlapped(device, FewRowsKernel<kTiles, kDepth, kOnce>,
+                     {.blocks = grid, .threads = kFewThreads}, p, tiles_out);
+  };
+  const int most = CeilDiv(CeilDiv(p.in, 64), kSlices) * 4;  // products in a slice
+  if (most <= 8) return launch.template operator()<8, true>();
+  if (most <= 16) return launch.template operator()<16, true>();
+  if (most <= 24) return launch.template operator()<24, true>();
+  launch.template operator()<16, false>();
+}
+
+template <int kGroups, int kRows>
+void LaunchTile(Device& device, const ProductParams& p, int cluster) {
+  const uint64_t in = p.in, out = p.out;
+  const CUtensorMap weights = p.epilogue == DecodeEpilogue::kSwiGlu
+                                  ? MapOf(p.weight, {in, 8, 2, out / 16},
+                                          {in, in * (out / 2), in * 8}, {64, 8, 2, kGroups * 4})
+                                  : MapOf(p.weight, {in, out}, {in}, {64, kGroups * 64});
+  const CUtensorMap rows = MapOf(p.x, {in, static_cast<uint64_t>(p.rows)},
+                                 {static_cast<uint64_t>(p.x_stride)}, {64, kRows});
+  const int tiles_rows = CeilDiv(p.rows, kRows);
+  const int64_t tiles = int64_t{CeilDiv(p.out, kGroups * 64)} * tiles_rows;
+  using Shape = TileShape<kGroups, kRows>;
+  LaunchOverlapped(device, TileKernel<kGroups, kRows>,
+                   {.blocks = GridOf(tiles * cluster),
+                    .threads = Shape::kThreads,
+                    .shared_bytes = static_cast<size_t>(Shape::SharedBytes(cluster)),
+                    .cluster = static_cast<unsigned>(cluster)},
+                   p, weights, rows, cluster, tiles_rows);
+}
+
+// f.template operator()<kGroups, kRows>()
+template <typename F>
+auto WithTile(const ProductPlan& plan, const F& f) {
+  if (plan.tile_out == 128) {
+    return plan.tile_rows == 64 ? f.template operator()<2, 64>() : f.template operator()<2, 128>();
+  }
+  switch (plan.tile_rows) {
+    case 16:
+      return f.template operator()<1, 16>();
+    case 32:
+      return f.template operator()<1, 32>();
+    case 64:
+      return f.template operator()<1, 64>();
+    default:
+      return f.template operator()<1, 128>();
+  }
+}
+
+// ---- The embedding ------------------------------------------------------------------------------
+
+constexpr int kEmbedThreads = 256;
+
+// A block to a row, four neighbours to a thread.
+__global__ void __launch_bounds__(kEmbedThreads) EmbedKernel(const DecodeEmbedArgs a) {
+  WaitForPrevious();
+  AllowNext();
+  const int64_t row = blockIdx.x;
+  const bf16* const from = static_cast<const bf16*>(a.table) + int64_t{a.tokens[row]} * a.dim;
+  for (int i = 0; i < a.dim; i += kEmbedThreads * 4) {
+    const int column = i + threadIdx.x * 4;
+    const bool valid = column < a.dim;
+    const float4 r = valid ? LoadFour(from + column) : float4{};
+    const float squares = SumOfSixteen<2, 1>({r.x * r.x, r.y * r.y, r.z * r.z, r.w * r.w});
+    if (!valid) continue;
+    const float4 norm = LoadFour(a.norm + column);
+    StoreFour(a.residual + row * a.dim + column, r);
+    StoreFour(static_cast<bf16*>(a.x) + row * a.dim + column,
+              {r.x * norm.x, r.y * norm.y, r.z * norm.z, r.w * norm.w});
+    if (column % 16 == 0) a.squares[(row * a.dim + column) / 16] = squares;
+  }
+}
+
+}  // namespace
+
+void DecodeEmbed(Device& device, const DecodeEmbedArgs& a) {
+  if (a.rows == 0) return;
+  GLA_REQUIRES(a.dim % 16 == 0, "whole groups of 16 columns");
+  LaunchOverlapped(device, EmbedKernel, {.blocks = GridOf(a.rows), .threads = kEmbedThreads}, a);
+}
+
+bool ServesDecodeProduct(const DecodeProductArgs& a) {
+  const PackedWeight& w = *a.weight;
+  if (w.dtype() != DType::kBFloat16 || w.in() <= 0 || w.out() <= 0 || w.in() % 32 != 0)
+    return false;
+  if (a.epilogue == DecodeEpilogue::kStore) {
+    return a.y_dtype == DType::kBFloat16 || a.y_dtype == DType::kFloat32;
+  }
+  return w.out() % 16 == 0;
+}
+
+bool CanRun(const ProductPlan& plan) {
+  if (plan.tile_out == 16) return plan.cluster == 1;
+  constexpr int kMostSharedBytes = 227 << 10;
+  return WithTile(plan, [&]<int kGroups, int kRows>() {
+    return TileShape<kGroups, kRows>::SharedBytes(plan.cluster) <= kMostSharedBytes;
+  });
+}
+
+ProductPlan PlanProduct(int rows, int out, int in) {
+  if (rows <= 16) return {16, rows <= 8 ? 8 : 16, 1};
+  ProductPlan plan = {64, rows <= 32 ? 32 : rows <= 64 ? 64 : 128, 1};
+  const int64_t tiles = int64_t{CeilDiv(out, 64)} * CeilDiv(rows, plan.tile_rows);
+  if (plan.tile_rows == 128 && tiles >= 256) return {128, 128, 1};
+  while (plan.cluster < 8 && tiles * plan.cluster <= 66) plan.cluster *= 2;
+  while (!CanRun(plan)) plan.cluster *= 2;
+  return plan;
+}
+
+void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {
+  if (a.rows == 0) return;
+  GLA_REQUIRES(ServesDecodeProduct(a), "a product that Serves()");
+  const ProductParams p = {.x = static_cast<const bf16*>(a.x),
+                           .x_stride = a.x_stride,
+                           .squares = a.squares,
+                           .eps = a.eps,
+                           .weight = static_cast<const bf16*>(a.weight->data()),
+                           .epilogue = a.epilogue,
+                           .y_is_float = a.y_dtype == DType::kFloat32,
+                           .y = a.y,
+                           .y_stride = a.y_stride,
+                           .residual = a.residual,
+                           .next_norm = a.next_norm,
+                           .next_x = static_cast<bf16*>(a.next_x),
+                           .next_squares = a.next_squares,
+                           .rows = a.rows,
+                           .in = a.weight->in(),
+                           .out = a.weight->out()};
+  if (plan.tile_out == 16) {
+    if (plan.tile_rows == 8) return LaunchFewRows<1>(device, p);
+    return LaunchFewRows<2>(device, p);
+  }
+  WithTile(plan,
+           [&]<int kGroups, int kRows>() { LaunchTile<kGroups, kRows>(device, p, plan.cluster); });
+}
+
+void DecodeProduct(Device& device, const DecodeProductArgs& a) {
+  DecodeProductBy(PlanProduct(a.rows, a.weight->out(), a.weight->in()), device, a);
+}
+
+}  // namespace gla

@@ -1,0 +1,138 @@
+// What both kernels of a decode product share: the order of its sums, and what ends it.
+//
+// Batch invariance. The columns are cut into kSlices slices at places that depend on `in` alone.
+// The sum of a slice is one chain of tensor core products of 16 neighbouring columns each, in
+// ascending order from zero; the slices are added in ascending order in float32. Whichever kernel,
+// tile or cluster computes a row, the order is this one. (mma.sync and wgmma round alike on Hopper;
+// tests/kernels/decode_product_test.cc compares every plan bit for bit.)
+#pragma once
+
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/tensor.cuh"
+#include "kernels/decode.h"
+
+namespace gla {
+
+constexpr int kSlices = 8;
+
+// DecodeProductArgs for the device.
+struct ProductParams {
+  const bf16* x;
+  int64_t x_stride;
+  const float* squares;
+  float eps;
+  const bf16* weight;
+  DecodeEpilogue epilogue;
+  bool y_is_float;
+  void* y;
+  int64_t y_stride;
+  float* residual;
+  const float* next_norm;
+  bf16* next_x;
+  float* next_squares;
+  int rows, in, out;
+};
+
+// Slice s is the pieces of 64 columns [SliceStart(s), SliceStart(s + 1)).
+__device__ inline int SliceStart(int in, int slice) { return CeilDiv(in, 64) * slice / kSlices; }
+
+// What earlier kernels of the stream wrote comes from the L2 cache, never from an L1 line that
+// another kernel may have left behind.
+__device__ inline float4 LoadFresh(const float* p) {
+  return __ldcg(reinterpret_cast<const float4*>(p));
+}
+
+// The sum over 16 neighbours that four lanes hold by four: lane and lane ^ kFar are 8 apart, lane
+// and lane ^ kNear 4 apart. The same bits whatever the lanes.
+template <int kFar, int kNear>
+__device__ float SumOfSixteen(float4 x) {
+  const auto sum = [](float y) {
+    y += __shfl_xor_sync(0xFFFFFFFFu, y, kFar);
+    return y + __shfl_xor_sync(0xFFFFFFFFu, y, kNear);
+  };
+  return (sum(x.x) + sum(x.z)) + (sum(x.y) + sum(x.w));
+}
+
+// The factor of a row, by a warp: what is read is asked for first.
+struct RowFactor {
+  static constexpr int kAtOnce = 4;
+  float squares[kAtOnce];
+
+  __device__ void Load(const ProductParams& p, int row) {
+    if (p.squares == nullptr) return;
+    const float* const from = p.squares + int64_t{row} * (p.in / 16);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = threadIdx.x % 32 + i * 32;
+      squares[i] = row < p.rows && at < p.in / 16 ? __ldcg(from + at) : 0.0f;
+    }
+  }
+  __device__ float Finish(const ProductParams& p, int row) const {
+    if (p.squares == nullptr || row >= p.rows) return 1.0f;
+    float sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+    const float* const from = p.squares + int64_t{row} * (p.in / 16);
+    for (int i = threadIdx.x % 32 + kAtOnce * 32; i < p.in / 16; i += 32) sum += __ldcg(from + i);
+    return 1.0f / sqrtf(WarpSum(sum) / static_cast<float>(p.in) + p.eps);
+  }
+};
+
+// Ends a patch of 8 rows by 16 outputs, by a warp: lane i has the outputs 4 (i / 8) + [0, 4) of row
+// `row` = the patch's first + i % 8. With kSwiGlu the 16 are 8 gates and their 8 ups.
+struct PatchEnd {
+  float4 residual, norm;
+
+  // What can be read before the sums are there.
+  __device__ void Load(const ProductParams& p, int row, int out) {
+    if (p.epilogue != DecodeEpilogue::kResidual || row >= p.rows || out >= p.out) return;
+    const int column = out + threadIdx.x % 32 / 8 * 4;
+    residual = LoadFresh(p.residual + int64_t{row} * p.out + column);
+    norm = LoadFour(p.next_norm + column);
+  }
+
+  __device__ void Finish(const ProductParams& p, int row, int out, float4 sum, float factor) const {
+    const int quarter = threadIdx.x % 32 / 8;
+    const int column = out + quarter * 4;
+    const bool valid = row < p.rows && out < p.out;
+    sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+    if (p.epilogue == DecodeEpilogue::kStore) {
+      const int64_t at = row * p.y_stride + column;
+      if (valid && column + 4 <= p.out) {
+        if (p.y_is_float) {
+          StoreFour(static_cast<float*>(p.y) + at, sum);
+        } else {
+          StoreFour(static_cast<bf16*>(p.y) + at, sum);
+        }
+      } else if (valid) {
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (column + i >= p.out) continue;
+          if (p.y_is_float) {
+            static_cast<float*>(p.y)[at + i] = values[i];
+          } else {
+            static_cast<bf16*>(p.y)[at + i] = FromFloat<bf16>(values[i]);
+          }
+        }
+      }
+    } else if (p.epilogue == DecodeEpilogue::kSwiGlu) {
+      const auto up = [](float x) { return __shfl_down_sync(0xFFFFFFFFu, x, 16); };
+      const float4 u = {up(sum.x), up(sum.y), up(sum.z), up(sum.w)};
+      if (valid && quarter < 2) {
+        StoreFour(static_cast<bf16*>(p.y) + row * p.y_stride + out / 2 + quarter * 4,
+                  {Silu(sum.x) * u.x, Silu(sum.y) * u.y, Silu(sum.z) * u.z, Silu(sum.w) * u.w});
+      }
+    } else {
+      const float4 r = {residual.x + sum.x, residual.y + sum.y, residual.z + sum.z,
+                        residual.w + sum.w};
+      const float squares = SumOfSixteen<16, 8>({r.x * r.x, r.y * r.y, r.z * r.z, r.w * r.w});
+      if (!valid) return;
+      const int64_t at = int64_t{row} * p.out + column;
+      StoreFour(p.residual + at, r);
+      StoreFour(p.next_x + at, {r.x * norm.x, r.y * norm.y, r.z * norm.z, r.w * norm.w});
+      if (quarter == 0) p.next_squares[at / 16] = squares;
+    }
+  }
+};
+
+}  // namespace gla

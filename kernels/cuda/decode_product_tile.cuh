@@ -1,0 +1,311 @@
+// A decode product for more rows: wgmma on tiles that the bulk copy engine brings.
+//
+// A block of kGroups groups of four warps and one copying warp computes 64 kGroups outputs by kRows
+// rows. The blocks of a cluster share one tile: each sums kSlices / cluster of the slices, and
+// after a barrier each adds up and ends a part of the tile, reading the slices of the others from
+// their shared memory. Weights are on their way before the kernel waits for the one ahead of it.
+//
+// With kSwiGlu each 16 outputs of a tile are 8 gates and their 8 ups, which the copy engine
+// interleaves: it sees the weight as [out / 16][gate, up][8][in].
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/cuda/decode_product.cuh"
+
+namespace gla {
+
+// clang-format off
+template <>
+struct WgmmaShape<16> {
+  template <int kTransA, int kTransB>
+  __device__ static void Run(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, %12;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+template <>
+struct WgmmaShape<32> {
+  template <int kTransA, int kTransB>
+  __device__ static void Run(float (&d)[16], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, %19, %20;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+// clang-format on
+
+// ---- Barriers in shared memory, and the copy engine ---------------------------------------------
+
+__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ inline void ExpectBytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ inline void Arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void WaitFor(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+__device__ inline void CopyBox(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x,
+                               int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+__device__ inline void CopyBox(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x, int y,
+                               int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+__device__ inline void PrefetchMap(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ inline void ArriveCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void WaitCluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Four floats at `address` of this block's shared memory, of block `rank` of the cluster.
+__device__ inline float4 LoadFromBlock(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(there)
+               : "memory");
+  return x;
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+template <int kGroups, int kRows>
+struct TileShape {
+  static constexpr int kThreads = kGroups * 128 + 32;
+  static constexpr int kWarps = kGroups * 4;  // that compute
+  static constexpr int kWeightBytes = kGroups * 64 * kTileRowBytes;
+  static constexpr int kStageBytes = kWeightBytes + kRows * kTileRowBytes;
+  static constexpr int kStages = kGroups == 2 ? (kRows == 128 ? 5 : 6) : kRows == 128 ? 4 : 5;
+  // A slice in shared memory: [kRows][kPitch] floats, so that neither side meets a bank twice.
+  static constexpr int kPitch = kGroups * 64 + 4;
+  static constexpr int kSliceBytes = kRows * kPitch * 4;
+
+  // Alone, a block stores one sum, where the stages were.
+  static constexpr int SharedBytes(int cluster) {
+    const int stages = kStages * kStageBytes;
+    const int sums = cluster == 1 ? 0 : kSlices / cluster * kSliceBytes;
+    const int head = 1024 + 1024;  // barriers and factors; what aligning may cost
+    return head + (cluster == 1 && kSliceBytes > stages ? kSliceBytes : stages) + sums;
+  }
+};
+
+template <int kGroups, int kRows>
+__global__ void __launch_bounds__(kGroups * 128 + 32)
+    TileKernel(const __grid_constant__ ProductParams p, const __grid_constant__ CUtensorMap weights,
+               const __grid_constant__ CUtensorMap rows, int cluster, int tiles_rows) {
+  using Shape = TileShape<kGroups, kRows>;
+  constexpr int kStages = Shape::kStages;
+  extern __shared__ char shared[];
+  const uint32_t base = RoundUp<uint32_t>(SharedAddress(shared), 1024);
+  char* const head = shared + (base - SharedAddress(shared));
+  float* const factors = reinterpret_cast<float*>(head + 256);  // [kRows]
+  char* const stages = head + 1024;
+  const auto full = [&](int stage) { return base + stage * 16; };
+  const auto empty = [&](int stage) { return base + stage * 16 + 8; };
+  const uint32_t sums_at = cluster == 1 ? base + 1024 : base + 1024 + kStages * Shape::kStageBytes;
+  float* const sums = reinterpret_cast<float*>(head + (sums_at - base));
+
+  const int rank = static_cast<int>(blockIdx.x) % cluster;
+  const int tile = static_cast<int>(blockIdx.x) / cluster;
+  const int out0 = tile / tiles_rows * kGroups * 64, row0 = tile % tiles_rows * kRows;
+  const int slices = kSlices / cluster, slice0 = rank * slices;
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(full(i), 1);
+      InitBarrier(empty(i), Shape::kWarps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    FenceShared();
+  }
+  __syncthreads();
+
+  if (warp == Shape::kWarps) {
+    if (lane == 0) {
+      PrefetchMap(rows);
+      const int first = SliceStart(p.in, slice0), end = SliceStart(p.in, slice0 + slices);
+      const auto copy_weights = [&](int i) {
+        const int stage = (i - first) % kStages;
+        const uint32_t to = base + 1024 + stage * Shape::kStageBytes;
+        ExpectBytes(full(stage), Shape::kStageBytes);
+        if (p.epilogue == DecodeEpilogue::kSwiGlu) {
+          CopyBox(to, weights, full(stage), i * 64, 0, 0, out0 / 16);
+        } else {
+          CopyBox(to, weights, full(stage), i * 64, out0);
+        }
+      };
+      const auto copy_rows = [&](int i) {
+        const int stage = (i - first) % kStages;
+        CopyBox(base + 1024 + stage * Shape::kStageBytes + Shape::kWeightBytes, rows, full(stage),
+                i * 64, row0);
+      };
+      const int ahead = min(end, first + kStages);
+      for (int i = first; i < ahead; ++i) copy_weights(i);
+      WaitForPrevious();
+      AllowNext();
+      for (int i = first; i < ahead; ++i) copy_rows(i);
+      for (int i = ahead; i < end; ++i) {
+        WaitFor(empty((i - first) % kStages), ((i - first) / kStages - 1) & 1);
+        copy_weights(i);
+        copy_rows(i);
+      }
+    }
+    __syncwarp();
+    if (cluster > 1) ArriveCluster(), WaitCluster(), ArriveCluster(), WaitCluster();
+    return;
+  }
+
+  WaitForPrevious();
+  {
+    constexpr int kAtOnce = kRows / Shape::kWarps < 4 ? kRows / Shape::kWarps : 4;
+    for (int r = warp * kAtOnce; r < kRows; r += Shape::kWarps * kAtOnce) {
+      RowFactor factor[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) factor[i].Load(p, row0 + r + i);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float f = factor[i].Finish(p, row0 + r + i);
+        if (lane == 0) factors[r + i] = f;
+      }
+    }
+  }
+
+  // Alone, a block adds up its slices as they are done; else it stores them apart.
+  const int group = GroupOfWarps();
+  float acc[kRows / 2], total[kRows / 2];
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) acc[i] = 0, total[i] = 0;
+  const auto store = [&](const float(&sum)[kRows / 2], int slot) {
+    float* const to = sums + slot * (Shape::kSliceBytes / 4) + group * 64;
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        to[SumColumn(j, e) * Shape::kPitch + SumRow(e)] = sum[j * 4 + e];
+      }
+    }
+  };
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int s = slice0; s < slice0 + slices; ++s) {
+    const int count = SliceStart(p.in, s + 1) - SliceStart(p.in, s);
+    int before = 0;  // the stage whose products may still run
+    for (int i = 0; i < count; ++i) {
+      WaitFor(full(stage), parity);
+      const char* const weight = stages + stage * Shape::kStageBytes + group * 64 * kTileRowBytes;
+      const char* const x = stages + stage * Shape::kStageBytes + Shape::kWeightBytes;
+      BeginProducts();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Wgmma<kRows, kAlongColumns, kAlongColumns>(acc, TileOperand<kAlongColumns>(weight, k),
+                                                   TileOperand<kAlongColumns>(x, k),
+                                                   i > 0 || k > 0);
+      }
+      CommitProducts();
+      if (i > 0) {
+        WaitProducts<1>();
+        if (lane == 0) Arrive(empty(before));
+      }
+      before = stage;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    WaitProducts<0>();
+    if (count > 0 && lane == 0) Arrive(empty(before));
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    if (cluster == 1) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) total[i] += count > 0 ? acc[i] : 0.0f;
+    } else if (count > 0) {
+      store(acc, s - slice0);
+    } else {
+      store(total, s - slice0);  // zeros
+    }
+  }
+
+  // Patches of 8 rows by 16 outputs, one a warp; alone, a warp ends those whose sums it has.
+  constexpr int kPatches = kRows / 8 * Shape::kWarps;
+  const auto patch_row = [&](int i) { return i / Shape::kWarps * 8 + lane % 8; };
+  const auto patch_out = [&](int i) { return i % Shape::kWarps * 16; };
+  if (cluster == 1) {
+    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the stages are used up
+    store(total, 0);
+    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");
+  } else {
+    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the factors
+    __syncwarp();
+    ArriveCluster();
+  }
+  constexpr int kAtOnce = kRows >= 64 ? 2 : 1;
+  bool waited = cluster == 1;
+  for (int i = rank * Shape::kWarps + warp; i < kPatches; i += cluster * Shape::kWarps * kAtOnce) {
+    PatchEnd end[kAtOnce];
+    const auto patch = [&](int j) { return i + j * cluster * Shape::kWarps; };
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (patch(j) < kPatches)
+        end[j].Load(p, row0 + patch_row(patch(j)), out0 + patch_out(patch(j)));
+    }
+    if (!waited) WaitCluster();
+    waited = true;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (patch(j) >= kPatches) break;
+      const int r = patch_row(patch(j)), o = patch_out(patch(j));
+      const uint32_t at = sums_at + (r * Shape::kPitch + o + lane / 8 * 4) * 4;
+      float4 sum = {};
+      if (cluster == 1) {
+        sum = *reinterpret_cast<const float4*>(head + (at - base));
+      } else {
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          const float4 part = LoadFromBlock(at + s % slices * Shape::kSliceBytes, s / slices);
+          sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        }
+      }
+      end[j].Finish(p, row0 + r, out0 + o, sum, factors[r]);
+    }
+  }
+  if (cluster > 1) {
+    if (!waited) WaitCluster();
+    ArriveCluster();  // the others may still read this block's sums
+    WaitCluster();
+  }
+}
+
+}  // namespace gla
