@@ -215,7 +215,9 @@ TEST_P(DecodeAttentionTest, IsTheRecurrenceInEveryPatternOfSlots) {
   for (size_t i = 0; i < want_slots.size(); ++i) {
     const int slot = static_cast<int>(i / n);
     const bool written = std::count(ragged.write_slots.begin(), ragged.write_slots.end(), slot) > 0;
-    if (!written) ASSERT_EQ(after[i], before[i]) << "an untouched slot";
+    if (!written) {
+      ASSERT_EQ(after[i], before[i]) << "an untouched slot";
+    }
     error += std::pow(after[i] - want_slots[i], 2), size += std::pow(want_slots[i], 2);
   }
   EXPECT_LT(std::sqrt(error / size), format() == StateFormat::kInt16 ? 5e-5 : 1e-6);

@@ -130,7 +130,7 @@ TEST_P(StateFormatTest, Int16IsAsDefined) {
     for (size_t j = begin; j < std::min(begin + 64, row + width); ++j) {
       largest = std::max(largest, std::abs(values[j]));
     }
-    ASSERT_NEAR(back[i], values[from], largest / 32767 * 0.5001);
+    ASSERT_NEAR(back[i], values[from], largest / 32767 * 0.505f);
   }
 }
 

@@ -110,7 +110,9 @@ TEST_P(DecodeTest, ARowIsTheSameInEveryStepAndRecordedOrNot) {
     for (int n = 0; n < kSeqs; n += 5) {
       const std::vector<float> a = all.State(n), b = some.State(n), c = eager.State(n);
       EXPECT_EQ(std::memcmp(a.data(), c.data(), a.size() * 4), 0);
-      if (step > 0) EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0) << n;
+      if (step > 0) {
+        EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0) << n;
+      }
     }
   }
 }

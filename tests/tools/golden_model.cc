@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kMaxAbs = 1e-3;
 constexpr double kBFloat16Ratio = 0.02;
-constexpr double kInt16StateRatio = 0.002;  // float32 but for the states
+constexpr double kInt16StateRatio = 0.0005;  // float32 but for the states
 
 struct Expected {
   int64_t batch = 0, length = 0, vocab = 0, generated = 0;
