@@ -97,7 +97,7 @@ struct PatchEnd {
     sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
     if (p.epilogue == DecodeEpilogue::kStore) {
       const int64_t at = row * p.y_stride + column;
-      if (valid && column + 4 <= p.out) {
+      if (valid && column + 4 <= p.out && p.y_stride % 4 == 0) {
         if (p.y_is_float) {
           StoreFour(static_cast<float*>(p.y) + at, sum);
         } else {

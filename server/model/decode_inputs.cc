@@ -17,8 +17,9 @@ int RoundedDecodeRows(int rows) {
   return (rows + step - 1) / step * step;
 }
 
-DecodeInputs::DecodeInputs(Device& device, int max_rows)
+DecodeInputs::DecodeInputs(Device& device, int max_rows, int max_run_seqs)
     : device_(device),
+      max_run_seqs_(max_run_seqs),
       buffer_(device, OffsetBytes(max_rows) + max_rows * (sizeof(int64_t) + 3 * sizeof(int32_t)) +
                           sizeof(int64_t)) {
   if (!buffer_.ok()) return;
@@ -52,7 +53,14 @@ void DecodeInputs::Set(const StepPlan& plan, int decode, int rows) {
   seqs.write_slots = device_ints + 2 * rows;
   seqs.num_seqs = seqs.num_rows = rows;
   seqs.max_len = 1;
-  runs = {{seqs, 0, false}};
+  runs.clear();
+  for (int first = 0; first < rows; first += max_run_seqs_) {
+    Run run = {seqs, first, false};
+    run.seqs.read_slots += first;
+    run.seqs.write_slots += first;
+    run.seqs.num_seqs = run.seqs.num_rows = std::min(max_run_seqs_, rows - first);
+    runs.push_back(run);
+  }
 }
 
 }  // namespace gla

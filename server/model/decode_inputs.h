@@ -17,8 +17,8 @@ int RoundedDecodeRows(int rows);
 
 class DecodeInputs : public StepView {
  public:
-  // REQUIRES: `max_rows` is a rounded number.
-  DecodeInputs(Device& device, int max_rows);
+  // Runs have at most `max_run_seqs` sequences. REQUIRES: `max_rows` is a rounded number.
+  DecodeInputs(Device& device, int max_rows, int max_run_seqs);
   bool ok() const { return buffer_.ok(); }
 
   // Queues the upload of the plan's first plan.num_decode sequences, and of rows without slots up
@@ -31,6 +31,7 @@ class DecodeInputs : public StepView {
   void Set(const StepPlan& plan, int decode, int rows);
 
   Device& device_;
+  const int max_run_seqs_;
   DeviceBuffer buffer_;           // [cu_seqlens | positions | tokens | read slots | write slots]
   std::vector<int64_t> staging_;  // positions, then the rest as int32
 };

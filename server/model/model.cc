@@ -16,9 +16,6 @@
 namespace gla {
 namespace {
 
-// Of states in another format, what is unpacked at once.
-constexpr int kUnpackedSeqs = 32;
-
 // Bytes of a part of a slot, so that every part begins on 256.
 int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -141,7 +138,7 @@ absl::Status Model::Impl::Allocate() {
     out_of_memory = !chunk_workspace.ok();
   }
   if (!out_of_memory && state.format != StateFormat::kFloat32) {
-    const int seqs = std::min(options.max_seqs, kUnpackedSeqs);
+    const int seqs = max_run_seqs();
     std::vector<int32_t> slots(seqs);
     std::iota(slots.begin(), slots.end(), 0);
     unpacked = DeviceBuffer(
@@ -158,7 +155,7 @@ absl::Status Model::Impl::Allocate() {
     out_of_memory = !inputs->ok();
   }
   if (!out_of_memory && decode_rows > 0) {
-    decode_inputs.emplace(device, static_cast<int>(decode_rows));
+    decode_inputs.emplace(device, static_cast<int>(decode_rows), max_run_seqs());
     out_of_memory = !decode_inputs->ok();
     is_fused = ServesFusedDecode();
   }
@@ -194,8 +191,7 @@ void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finit
   // The normalized form keeps a running key sum, which only the recurrent kernel has.
   const bool chunkwise =
       options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
-  const bool unpacks = state.format != StateFormat::kFloat32;
-  inputs->Set(plan, chunkwise, unpacks ? kUnpackedSeqs : options.max_seqs);
+  inputs->Set(plan, chunkwise, max_run_seqs());
   step = &*inputs;
   Layers(rows, states);
   if (finite != nullptr) {

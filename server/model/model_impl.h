@@ -77,6 +77,8 @@ struct Model::Impl {
   };
   Mixed Mix(int layer, int rows, char* states);
 
+  // Sequences of one run: all, or as many as are unpacked at once.
+  int max_run_seqs() const { return state.format == StateFormat::kFloat32 ? INT32_MAX : 32; }
   bool maps_features() const {
     return config.feature_map != QkMap::kNone || config.norm_q || config.norm_k;
   }

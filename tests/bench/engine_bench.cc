@@ -142,6 +142,7 @@ class Bench {
   // Median seconds of a decode step of `seqs` sequences.
   absl::StatusOr<double> Decode(int seqs, int steps) {
     StepPlan plan = PlanOf(seqs, 1, /*fresh=*/true);
+    plan.num_decode = seqs;
     GLA_RETURN_IF_ERROR(CheckFinite(plan));
     plan.read_slots = plan.write_slots;
     GLA_RETURN_IF_ERROR(CheckFinite(plan));
