@@ -40,28 +40,10 @@ struct WgmmaShape<32> {
 };
 // clang-format on
 
-// ---- Barriers in shared memory, and the copy engine ---------------------------------------------
+// ---- Boxes of a matrix, and the blocks of a cluster ---------------------------------------------
 
-__device__ inline void InitBarrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ inline void ExpectBytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
 __device__ inline void Arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void WaitFor(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
 }
 __device__ inline void CopyBox(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x,
                                int y) {
@@ -150,8 +132,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
       InitBarrier(full(i), 1);
       InitBarrier(empty(i), Shape::kWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    FenceShared();
+    FenceBarriers();
   }
   __syncthreads();
 
@@ -162,7 +143,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
       const auto copy_weights = [&](int i) {
         const int stage = (i - first) % kStages;
         const uint32_t to = base + 1024 + stage * Shape::kStageBytes;
-        ExpectBytes(full(stage), Shape::kStageBytes);
+        ArriveExpecting(full(stage), Shape::kStageBytes);
         if (p.epilogue == DecodeEpilogue::kSwiGlu) {
           CopyBox(to, weights, full(stage), i * 64, 0, 0, out0 / 16);
         } else {
@@ -180,7 +161,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
       AllowNext();
       for (int i = first; i < ahead; ++i) copy_rows(i);
       for (int i = ahead; i < end; ++i) {
-        WaitFor(empty((i - first) % kStages), ((i - first) / kStages - 1) & 1);
+        WaitBarrier(empty((i - first) % kStages), ((i - first) / kStages - 1) & 1);
         copy_weights(i);
         copy_rows(i);
       }
@@ -226,7 +207,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
     const int count = SliceStart(p.in, s + 1) - SliceStart(p.in, s);
     int before = 0;  // the stage whose products may still run
     for (int i = 0; i < count; ++i) {
-      WaitFor(full(stage), parity);
+      WaitBarrier(full(stage), parity);
       const char* const weight = stages + stage * Shape::kStageBytes + group * 64 * kTileRowBytes;
       const char* const x = stages + stage * Shape::kStageBytes + Shape::kWeightBytes;
       BeginProducts();
