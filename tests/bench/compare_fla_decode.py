@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The decode step of GLA's layer, one token for each sequence, of flash-linear-attention on one GPU.
+"""The decode step of GLA's layer, one token for each sequence, of fla and of ours, on one GPU.
 
 fla's fused_recurrent_gla as its layer calls it, float32 states, bfloat16 else; alone, and with what
 stands around it in the layer: the gate's second product, logsigmoid and division before it, norm
@@ -8,7 +8,7 @@ recurrence in float64. A replayed CUDA graph runs through as many sets of inputs
 (at most 256), so that no cache holds them. fla's kernels are tuned anew for each number of
 sequences.
 
---decode-json puts figures of ours beside them: rows {"shape", "state", "seqs", "us"}, or the rows of
+--decode-json puts figures of ours beside them: rows {"shape", "state", "seqs", "us"}, or those of
 `gla-bench-kernels --json`. The limit is states read and written at the rate of a plain copy.
 """
 

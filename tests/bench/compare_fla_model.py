@@ -268,17 +268,21 @@ def main():
     report.update(bench="model", copy_bytes_per_second=rate, models=[])
     print(f"{report['device']}, copy {rate / 1e9:.0f} GB/s" if args.no_fla
           else fla_tools.describe(report), flush=True)
+    finished = report["models"]
     for config in args.configs:
         print(config, flush=True)
         fla = None if args.no_fla else measure_fla(config, args)
         torch.cuda.empty_cache()
-        ours = {state: measure_ours(config, state, args) for state in args.states} \
-            if args.engine else {}
-        report["models"].append(combine(config, fla, ours, args, rate))
+        ours = {}
+        for state in (None, *(args.states if args.engine else ())):
+            if state:
+                ours[state] = measure_ours(config, state, args)
+            report["models"] = [*finished, combine(config, fla, ours, args, rate)]
+            if args.json:  # at every stage, should the next one fail
+                with open(args.json, "w") as file:
+                    json.dump(report, file, indent=1)
+        finished = report["models"]
         print(f"  done after {time.time() - start:.0f} s", flush=True)
-        if args.json:  # after each model, should the next one fail
-            with open(args.json, "w") as file:
-                json.dump(report, file, indent=1)
     for model in report["models"]:
         print_table(model)
 
