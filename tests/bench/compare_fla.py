@@ -5,32 +5,32 @@ One process, the same tensors for both: q, k, v and do bfloat16, states float32,
 bfloat16 (as fla's layer has it), simple GLA's float32; initial and final state and their gradients
 are there. First every result is compared, on a short shape with the recurrence in float64 and on
 each timed shape with each other; then forward, backward and both are timed, called eagerly and
-replayed as CUDA graphs. The exit code is 1 when a comparison fails or two runs of ours differ in a
-bit.
+replayed as CUDA graphs. With --forward-only the backward passes are left out everywhere. The exit
+code is 1 when a comparison fails or two runs of ours differ in a bit.
 
-Needs a GPU, PyTorch, and fla as `pip install flash-linear-attention` gives it. fla's kernels choose
-among hundreds of candidates at their first call; worker processes compile those side by side
-beforehand into Triton's own cache (TRITON_CACHE_DIR), where a second run finds them.
+Needs a GPU, PyTorch, and fla as `pip install flash-linear-attention` gives it.
 """
 
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 
 import torch
 
+import fla_tools
 import gla_ops
+from fla_tools import timed
 
 SHAPES = {  # batch, length, heads, K, V
     "340m-8x2048": (8, 2048, 4, 128, 256),
     "340m-1x32768": (1, 32768, 4, 128, 256),
+    "340m-1x2048": (1, 2048, 4, 128, 256),
     "1.3b-8x2048": (8, 2048, 4, 256, 512),
     "1.3b-1x32768": (1, 32768, 4, 256, 512),
+    "1.3b-1x2048": (1, 2048, 4, 256, 512),
 }
 OPS = ("simple_gla", "gla")
 CHECK_LENGTH = 193  # three tiles of 64 and one token more
@@ -39,7 +39,7 @@ TOLERANCE = {"o": 0.004}
 TOLERANCE_ELSE = 0.005
 TOLERANCE_MUTUAL = 0.01
 NAMES = ("o", "ht", "dq", "dk", "dv", "dg", "dh0")
-REPEATS = 30
+FORWARD = ("o", "ht")
 
 
 def tuned_at(shapes):
@@ -68,6 +68,8 @@ def make_inputs(op, batch, length, heads, key_dim, value_dim, seed=42):
 class Fla:
     """fla's operator on `inputs`; results as tensors by name."""
 
+    forward_only = False  # whether both() and results() leave the backward pass out
+
     def __init__(self, op, inputs):
         from fla.ops.gla import chunk_gla
         from fla.ops.simple_gla import chunk_simple_gla
@@ -84,6 +86,9 @@ class Fla:
         return torch.autograd.grad(outputs, self.leaves, self.gradients, retain_graph=keep)
 
     def both(self):
+        if self.forward_only:
+            with torch.no_grad():
+                return self.forward()
         outputs = self.forward()
         return (*outputs, *self.backward(outputs))
 
@@ -105,55 +110,10 @@ def allow_gated_backward():
     return blocked
 
 
-# ---- Compiling fla's candidates side by side ----------------------------------------------------
-
-
-def compile_share(index, count, cases):
-    """Compiles each `count`-th candidate of fla's kernels for `cases`, launching none of them."""
-    from triton.runtime.autotuner import Autotuner
-    turn = itertools.count()
-
-    def run(self, *args, **kwargs):
-        self.nargs = dict(zip(self.arg_names, args))
-        for config in self.prune_configs(kwargs):
-            if next(turn) % count != index:
-                continue
-            try:
-                self.fn.run(*args, **{**kwargs, **config.all_kwargs(), "warmup": True})
-            except Exception as error:  # the tuning skips what does not compile, too
-                print(f"{self.base_fn.__name__} {config}: {error}"[:200], file=sys.stderr)
-        self.nargs = None
-
-    Autotuner.run = run
-    allow_gated_backward()
-    for op, shape in cases:
-        batch, _, heads, key_dim, value_dim = SHAPES[shape]
-        Fla(op, make_inputs(op, batch, 256, heads, key_dim, value_dim)).both()
-        torch.cuda.synchronize()
-
-
-def precompile(count, args):
-    """Runs `count` workers of compile_share(); what fails there is compiled later, one by one."""
-    start = time.time()
-    command = [sys.executable, os.path.abspath(__file__), "--library", args.lib, "--ops",
-               ",".join(args.ops), "--shapes", ",".join(args.shapes)]
-    workers = [subprocess.Popen(command + ["--compile-share", f"{i}/{count}"],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-               for i in range(count)]
-    for i, worker in enumerate(workers):
-        errors = worker.communicate()[1]
-        if worker.returncode != 0:
-            print(f"worker {i} ended with {worker.returncode}: {errors[-400:]}", file=sys.stderr)
-    print(f"compiled fla's candidates with {count} workers in {time.time() - start:.0f} s",
-          flush=True)
-
-
-def shorten_tuning():
-    """30 ms of repetitions for each candidate instead of 100: still tens of runs and a median."""
-    import functools
-
-    import triton.testing
-    triton.testing.do_bench = functools.partial(triton.testing.do_bench, warmup=5, rep=30)
+def call_for_compilation(op, shape):
+    batch, length, heads, key_dim, value_dim = SHAPES[shape]
+    Fla(op, make_inputs(op, batch, min(length, 256), heads, key_dim, value_dim)).both()
+    torch.cuda.synchronize()
 
 
 # ---- Comparing ----------------------------------------------------------------------------------
@@ -169,7 +129,8 @@ def float64_results(inputs):
 
 
 def ratios(found, expected):
-    return {name: gla_ops.ratio(found[name], expected[name]) for name in NAMES}
+    names = FORWARD if Fla.forward_only else NAMES
+    return {name: gla_ops.ratio(found[name], expected[name]) for name in names}
 
 
 def within(values, limit):
@@ -187,7 +148,7 @@ def check_short(library, op, heads, key_dim, value_dim):
     expected = float64_results(inputs)
     problem = gla_ops.Problem(library, inputs)
     problem.poison()
-    problem.run()
+    problem.run(backward=not Fla.forward_only)
     ours, fla = ratios(problem.results(), expected), ratios(Fla(op, inputs).results(), expected)
     del expected
 
@@ -203,30 +164,11 @@ def check_short(library, op, heads, key_dim, value_dim):
 # ---- Timing -------------------------------------------------------------------------------------
 
 
-def timed(run, repeats=REPEATS):
-    """Median milliseconds between events around calls that are queued without waiting."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:]))
-
-
-def copy_rate():
-    """Bytes read plus bytes written per second."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2e3 * source.nbytes / timed(lambda: target.copy_(source))
-
-
 def time_fla_eager(fla):
     with torch.no_grad():
         forward = timed(fla.forward)
+    if fla.forward_only:
+        return dict(forward=forward)
     outputs = fla.forward()
     backward = timed(lambda: fla.backward(outputs, keep=True))
     return dict(forward=forward, backward=backward, both=timed(fla.both))
@@ -254,6 +196,10 @@ def time_fla_graph(op, inputs, expected):
             for _ in range(2):
                 fla.both()
         torch.cuda.synchronize()
+        if fla.forward_only:
+            graph, outputs = fla_tools.capture(fla.both)
+            check_replay(graph, dict(zip(FORWARD, outputs)), expected)
+            return dict(forward=timed(graph.replay)), None
         forward, backward, both = (torch.cuda.CUDAGraph() for _ in range(3))
         with torch.cuda.graph(both, stream=stream):
             everything = fla.both()
@@ -288,17 +234,20 @@ def memory_beside_torch(library):
 
 def time_ours(problem):
     parts = dict(forward=(True, False), backward=(False, True), both=(True, True))
-    return {mode: {part: statistics.median(problem.time(REPEATS, replay, *which))
+    if Fla.forward_only:
+        del parts["backward"], parts["both"]
+    return {mode: {part: statistics.median(problem.time(fla_tools.REPEATS, replay, *which))
                    for part, which in parts.items()}
             for mode, replay in (("graph", True), ("eager", False))}
 
 
 def same_bits(problem):
+    backward = not Fla.forward_only
     problem.poison()
-    problem.run()
+    problem.run(backward=backward)
     first = {name: tensor.clone() for name, tensor in problem.results().items()}
     problem.poison()
-    problem.run()
+    problem.run(backward=backward)
     return all(torch.equal(first[name].view(torch.uint8), tensor.view(torch.uint8))
                for name, tensor in problem.results().items())
 
@@ -316,7 +265,7 @@ def compare(library, op, shape, rate):
     problem = gla_ops.Problem(library, inputs)
     before = memory_beside_torch(library)
     problem.poison()
-    problem.run()  # its first: what it takes beside torch's memory shows
+    problem.run(backward=not Fla.forward_only)  # its first: what it takes beside torch shows
     growth = memory_beside_torch(library) - before
     expected = fla.results()
     mutual = ratios(problem.results(), expected)
@@ -331,12 +280,13 @@ def compare(library, op, shape, rate):
                ours_extra_bytes=max(problem.workspace_bytes.values()),
                fla_extra_bytes=fla_extra_bytes(fla),
                ours_growth_bytes=growth)
-    row["floor_bytes"] = backward_floor_bytes(inputs)
-    row["floor_ms"] = 1e3 * row["floor_bytes"] / rate
     best = graph or row["fla"]["eager"]
-    row["backward_speedup"] = best["backward"] / ours["graph"]["backward"]
-    row["both_speedup"] = best["both"] / ours["graph"]["both"]
-    row["backward_over_floor"] = ours["graph"]["backward"] / row["floor_ms"]
+    if not Fla.forward_only:
+        row["floor_bytes"] = backward_floor_bytes(inputs)
+        row["floor_ms"] = 1e3 * row["floor_bytes"] / rate
+        row["backward_over_floor"] = ours["graph"]["backward"] / row["floor_ms"]
+    for part, milliseconds in ours["graph"].items():
+        row[part + "_speedup"] = best[part] / milliseconds
     row["memory_share"] = row["ours_extra_bytes"] / max(row["fla_extra_bytes"], 1)
     return row
 
@@ -347,15 +297,14 @@ def print_table(rows):
     layout = "{:10} {:13} {:8} {:>10} {:>8} {:>10} {:>8} {:>8} {:>8} {:>9} {:>8} {:>6}"
     print("\nmilliseconds\n" + layout.format(*head))
     for row in rows:
-        for part in ("forward", "backward", "both"):
+        for part in row["ours"]["graph"]:
             ours, fla = row["ours"], row["fla"]
             graph = (fla["graph"] or {}).get(part)
-            ratio = (graph or fla["eager"][part]) / ours["graph"][part]
-            last = part == "both"
+            last = part == list(ours["graph"])[-1]
             print(layout.format(
                 row["op"], row["shape"], part, f"{ours['graph'][part]:.3f}",
                 f"{ours['eager'][part]:.3f}", f"{graph:.3f}" if graph else "-",
-                f"{fla['eager'][part]:.3f}", f"{ratio:.2f}",
+                f"{fla['eager'][part]:.3f}", f"{row[part + '_speedup']:.2f}",
                 f"{row['backward_over_floor']:.2f}" if part == "backward" else "",
                 f"{row['ours_extra_bytes'] / 1e6:.1f}" if last else "",
                 f"{row['fla_extra_bytes'] / 1e6:.1f}" if last else "",
@@ -369,11 +318,11 @@ def parse():
     parser.add_argument("--library", dest="lib", default="build/release/lib/libgla_ops_cuda.so")
     parser.add_argument("--ops", default=",".join(OPS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--forward-only", action="store_true", help="no backward pass")
     parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(),
-                        help="processes that compile fla's candidates first; 0: none")
-    parser.add_argument("--compile-share", help=argparse.SUPPRESS)
+    fla_tools.add_tuning_arguments(parser)
     args = parser.parse_args()
+    Fla.forward_only = args.forward_only
     args.ops, args.shapes = args.ops.split(","), args.shapes.split(",")
     for value, known in [(args.ops, OPS), (args.shapes, SHAPES)]:
         unknown = sorted(set(value) - set(known))
@@ -385,25 +334,22 @@ def parse():
 def main():
     args = parse()
     if args.compile_share:
-        index, count = map(int, args.compile_share.split("/"))
-        compile_share(index, count, itertools.product(args.ops, tuned_at(args.shapes)))
+        fla_tools.compile_only(args.compile_share)
+        allow_gated_backward()
+        for op, shape in itertools.product(args.ops, tuned_at(args.shapes)):
+            call_for_compilation(op, shape)
         return 0
     start = time.time()
     if args.workers > 0:
-        precompile(args.workers, args)
-    import fla
-    import triton
-    shorten_tuning()
-    forced = allow_gated_backward()
+        fla_tools.precompile(args.workers, __file__, sys.argv[1:])
+    fla_tools.shorten_tuning()
+    forced = not args.forward_only and allow_gated_backward()
     library = gla_ops.Library(args.lib)
-    rate = copy_rate()
+    rate = fla_tools.copy_rate()
     torch.cuda.empty_cache()
-    report = dict(device=torch.cuda.get_device_name(), fla=fla.__version__,
-                  torch=torch.__version__, triton=triton.__version__,
-                  copy_bytes_per_second=rate, checks=[], rows=[],
-                  fla_gated_backward_forced=forced)
-    print(f"{report['device']}, fla {fla.__version__}, torch {torch.__version__}, triton "
-          f"{triton.__version__}, copy {rate / 1e9:.0f} GB/s" +
+    report = dict(bench="operators", **fla_tools.versions(), copy_bytes_per_second=rate, checks=[],
+                  rows=[], fla_gated_backward_forced=forced)
+    print(fla_tools.describe(report) +
           (", fla's refusal of the gated backward lifted" if forced else ""), flush=True)
     for op in args.ops:
         for shape in args.shapes:
