@@ -57,6 +57,9 @@ struct Device::Impl {
   size_t max_shared_bytes = 0;  // of one block
   cudaStream_t stream = nullptr;
   cublasLtHandle_t cublas = nullptr;
+  // cuBLASLt's kernels count tiles there; sums are never split over it (matmul.cu).
+  static constexpr size_t kCublasBytes = 4096;
+  void* cublas_workspace = nullptr;
   std::map<MatmulKey, std::optional<cublasLtMatmulAlgo_t>> matmul_algorithms;
 
   // A ring of pinned memory that uploads pass through: the host's source is free at once, and the

@@ -63,6 +63,7 @@ std::unique_ptr<Device> Device::Open(const DeviceOptions& options, std::string* 
   }
   CUDA_CHECK(cudaStreamCreateWithFlags(&impl->stream, cudaStreamNonBlocking));
   CUBLAS_CHECK(cublasLtCreate(&impl->cublas));
+  CUDA_CHECK(cudaMalloc(&impl->cublas_workspace, Impl::kCublasBytes));
   CUDA_CHECK(cudaMallocHost(&impl->staging, Impl::kNumSegments * Impl::kSegmentBytes));
   for (cudaEvent_t& event : impl->segment_copied) {
     CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -78,6 +79,7 @@ Device::~Device() {
   for (cudaEvent_t event : impl_->segment_copied) CUDA_CHECK(cudaEventDestroy(event));
   CUDA_CHECK(cudaFreeHost(impl_->staging));
   CUBLAS_CHECK(cublasLtDestroy(impl_->cublas));
+  CUDA_CHECK(cudaFree(impl_->cublas_workspace));
   CUDA_CHECK(cudaStreamDestroy(impl_->stream));
 }
 

@@ -4,8 +4,8 @@
 // Batch invariance. For every (out, in, types, accumulate, alignment), never for a number of rows,
 // ONE algorithm is chosen, once, and used for every call: the first that cuBLASLt proposes for 512
 // rows, a chunk of a prompt, and that
-//   - needs no workspace, splits no sum over K and has no reduction scheme (so one thread block
-//     finishes each output alone, in the order its code gives), and
+//   - splits no sum over K and has no reduction scheme (so one thread block finishes each output
+//     alone, in the order its code gives), and
 //   - says that it also serves 1 to 8192 rows; more rows are so many calls.
 // Where there is none, and for every product with a bias (cuBLASLt wants the bias in y's own type,
 // ours is float32), our own tiles serve all row counts, invariant by their construction. Compiled
@@ -134,7 +134,7 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
     CUBLAS_CHECK(
         cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof(value)));
   };
-  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{0});
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{Device::Impl::kCublasBytes});
   prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE});
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t{16});
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, static_cast<uint32_t>(x_alignment));
@@ -149,13 +149,13 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
     return std::nullopt;
   }
   for (int i = 0; i < count; ++i) {
-    if (results[i].state != CUBLAS_STATUS_SUCCESS || results[i].workspaceSize != 0) continue;
-    if (!SplitsNoSum(results[i].algo)) continue;
+    if (results[i].state != CUBLAS_STATUS_SUCCESS || !SplitsNoSum(results[i].algo)) continue;
     const auto serves = [&](int64_t rows) {
       CublasProblem q = MakeProblem(w, y_dtype, rows, x_stride, y_stride);
       cublasLtMatmulHeuristicResult_t check = {};
       return cublasLtMatmulAlgoCheck(cublas, &q.product, &q.weight, &q.x, &q.y, &q.y,
-                                     &results[i].algo, &check) == CUBLAS_STATUS_SUCCESS;
+                                     &results[i].algo, &check) == CUBLAS_STATUS_SUCCESS &&
+             check.workspaceSize <= Device::Impl::kCublasBytes;
     };
     bool serves_all = true;
     for (int64_t rows : {1, 2, 3, 5, 8, 16, 33, 127, 256, 1000, 4096, kMostRows}) {
