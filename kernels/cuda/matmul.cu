@@ -193,7 +193,8 @@ bool CublasMatmul(Device& device, const MatmulArgs& a) {
     const char* x = static_cast<const char*>(a.x) + row * a.x_stride * SizeOf(a.x_dtype);
     char* y = static_cast<char*>(a.y) + row * a.y_stride * SizeOf(a.y_dtype);
     CUBLAS_CHECK(cublasLtMatmul(impl.cublas, &p.product, &alpha, w.data(), &p.weight, x, &p.x,
-                                &beta, y, &p.y, y, &p.y, &*found->second, nullptr, 0, impl.stream));
+                                &beta, y, &p.y, y, &p.y, &*found->second, impl.cublas_workspace,
+                                Device::Impl::kCublasBytes, impl.stream));
   }
   return true;
 }
