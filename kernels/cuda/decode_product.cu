@@ -45,19 +45,36 @@ CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides,
 
 // ---- Launches -----------------------------------------------------------------------------------
 
+int Multiprocessors(Device& device) {
+  static const int count = [&] {
+    int n = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device.impl().ordinal));
+    return n;
+  }();
+  return count;
+}
+
 template <int kTiles>
 void LaunchFewRows(Device& device, const ProductParams& p) {
-  const int tiles_out = CeilDiv(p.out, 16);
-  const unsigned grid = GridOf(int64_t{tiles_out} * CeilDiv(p.rows, kTiles * 8));
-  const auto launch = [&]<int kDepth, bool kOnce>() {
-    LaunchOverlapped(device, FewRowsKernel<kTiles, kDepth, kOnce>,
-                     {.blocks = grid, .threads = kFewThreads}, p, tiles_out);
-  };
-  const int most = CeilDiv(CeilDiv(p.in, 64), kSlices) * 4;  // products in a slice
-  if (most <= 8) return launch.template operator()<8, true>();
-  if (most <= 16) return launch.template operator()<16, true>();
-  if (most <= 24) return launch.template operator()<24, true>();
-  launch.template operator()<16, false>();
+  const int tiles_out = CeilDiv(p.out, 16), blocks = std::min(tiles_out, Multiprocessors(device));
+  const int chunks = CeilDiv(p.in, 64), most_tiles = CeilDiv(tiles_out, blocks);
+  const bool packed = most_tiles * CeilDiv(chunks, kSlices) <= kFewRing;
+  const bool rows_shared = chunks <= 32;
+  const FewShape shape = {
+      .tiles_out = tiles_out,
+      .blocks = blocks,
+      .most_tiles = most_tiles,
+      .packed = packed,
+      .weight_bytes = (packed ? chunks * most_tiles : kSlices * kFewRing) * kFewChunkBytes,
+      .row_bytes = rows_shared ? chunks * kTiles * 8 * kTileRowBytes : 0};
+  const LaunchShape launch = {.blocks = GridOf(int64_t{blocks} * CeilDiv(p.rows, kTiles * 8)),
+                              .threads = kFewThreads,
+                              .shared_bytes = static_cast<size_t>(shape.SharedBytes(kTiles))};
+  if (rows_shared) {
+    LaunchOverlapped(device, FewRowsKernel<kTiles, true>, launch, p, shape);
+  } else {
+    LaunchOverlapped(device, FewRowsKernel<kTiles, false>, launch, p, shape);
+  }
 }
 
 template <int kGroups, int kRows>
@@ -150,12 +167,14 @@ bool CanRun(const ProductPlan& plan) {
 
 ProductPlan PlanProduct(int rows, int out, int in) {
   if (rows <= 16) return {16, rows <= 8 ? 8 : 16, 1};
-  ProductPlan plan = {64, rows <= 32 ? 32 : rows <= 64 ? 64 : 128, 1};
-  const int64_t tiles = int64_t{CeilDiv(out, 64)} * CeilDiv(rows, plan.tile_rows);
-  if (plan.tile_rows == 128 && tiles >= 256) return {128, 128, 1};
-  while (plan.cluster < 8 && tiles * plan.cluster <= 66) plan.cluster *= 2;
-  while (!CanRun(plan)) plan.cluster *= 2;
-  return plan;
+  // Tiles as large as leave most multiprocessors one.
+  const auto tiles = [&](int tile_out, int tile_rows) {
+    return int64_t{CeilDiv(out, tile_out)} * CeilDiv(rows, tile_rows);
+  };
+  if (rows > 64 && tiles(128, 128) >= 100) return {128, 128, 1};
+  if (rows > 32 && tiles(64, 64) >= 80) return {64, 64, 1};
+  const int64_t small = tiles(64, 32);
+  return {64, 32, small >= 64 ? 1 : small >= 32 ? 2 : 4};
 }
 
 void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {

@@ -54,43 +54,55 @@ __device__ float SumOfSixteen(float4 x) {
   return (sum(x.x) + sum(x.z)) + (sum(x.y) + sum(x.w));
 }
 
-// The factor of a row, by a warp: what is read is asked for first.
+// The factor of a row, by eight neighbouring lanes: what is read is asked for first.
 struct RowFactor {
   static constexpr int kAtOnce = 4;
-  float squares[kAtOnce];
+  float2 squares[kAtOnce];
 
   __device__ void Load(const ProductParams& p, int row) {
-    if (p.squares == nullptr) return;
-    const float* const from = p.squares + int64_t{row} * (p.in / 16);
+    const int pairs = p.squares != nullptr && row < p.rows ? p.in / 32 : 0;
+    const float2* const from = reinterpret_cast<const float2*>(p.squares) + int64_t{row} * pairs;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int at = threadIdx.x % 32 + i * 32;
-      squares[i] = row < p.rows && at < p.in / 16 ? __ldcg(from + at) : 0.0f;
+      const int at = threadIdx.x % 8 + i * 8;
+      squares[i] = at < pairs ? __ldcg(from + at) : float2{};
     }
   }
+  // In every lane of the warp.
   __device__ float Finish(const ProductParams& p, int row) const {
-    if (p.squares == nullptr || row >= p.rows) return 1.0f;
-    float sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-    const float* const from = p.squares + int64_t{row} * (p.in / 16);
-    for (int i = threadIdx.x % 32 + kAtOnce * 32; i < p.in / 16; i += 32) sum += __ldcg(from + i);
-    return 1.0f / sqrtf(WarpSum(sum) / static_cast<float>(p.in) + p.eps);
+    if (p.squares == nullptr) return 1.0f;
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += squares[i].x + squares[i].y;
+    const int pairs = row < p.rows ? p.in / 32 : 0;
+    const float2* const from = reinterpret_cast<const float2*>(p.squares) + int64_t{row} * pairs;
+    for (int i = threadIdx.x % 8 + kAtOnce * 8; i < pairs; i += 8) {
+      const float2 more = __ldcg(from + i);
+      sum += more.x + more.y;
+    }
+    for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
+    return 1.0f / sqrtf(sum / static_cast<float>(p.in) + p.eps);
   }
 };
 
 // Ends a patch of 8 rows by 16 outputs, by a warp: lane i has the outputs 4 (i / 8) + [0, 4) of row
 // `row` = the patch's first + i % 8. With kSwiGlu the 16 are 8 gates and their 8 ups.
 struct PatchEnd {
-  float4 residual, norm;
+  float4 residual;
 
   // What can be read before the sums are there.
   __device__ void Load(const ProductParams& p, int row, int out) {
     if (p.epilogue != DecodeEpilogue::kResidual || row >= p.rows || out >= p.out) return;
     const int column = out + threadIdx.x % 32 / 8 * 4;
     residual = LoadFresh(p.residual + int64_t{row} * p.out + column);
-    norm = LoadFour(p.next_norm + column);
+  }
+  static __device__ float4 LoadNorm(const ProductParams& p, int out) {
+    if (p.epilogue != DecodeEpilogue::kResidual || out >= p.out) return {};
+    return LoadFour(p.next_norm + out + threadIdx.x % 32 / 8 * 4);
   }
 
-  __device__ void Finish(const ProductParams& p, int row, int out, float4 sum, float factor) const {
+  __device__ void Finish(const ProductParams& p, int row, int out, float4 norm, float4 sum,
+                         float factor) const {
     const int quarter = threadIdx.x % 32 / 8;
     const int column = out + quarter * 4;
     const bool valid = row < p.rows && out < p.out;

@@ -1,10 +1,13 @@
-// A decode product for few rows: weights from memory straight into the registers of mma.sync.
+// A decode product for few rows: mma.sync on weights that each warp brings for itself.
 //
-// A block computes 16 outputs of 8 or 16 rows, each of its eight warps one slice of the columns.
-// The weights are the 16 x 16 operand. Four neighbouring lanes hold 16 columns of an output, four
-// columns each: the order of the columns inside one product is free as long as both operands agree.
-// The weights of a whole slice, or as many as registers hold, are on their way before the kernel
-// waits for the one ahead of it.
+// A block computes tiles of 16 outputs (the 16 x 16 operand) by 8 or 16 rows, each of its eight
+// warps one slice of the columns. There is about one block to a multiprocessor, whose tiles are
+// shape.blocks apart. A warp copies the weights of its slices into a ring of its own in shared
+// memory, on their way before the kernel waits for the one ahead of it: a layer's weight has room
+// there beside those of the kernel before, so that memory never rests between kernels.
+//
+// Four neighbouring lanes hold 16 columns of an output, four columns each: the order of the columns
+// inside one product is free as long as both operands agree.
 #pragma once
 
 #include "kernels/cuda/decode_product.cuh"
@@ -12,125 +15,209 @@
 namespace gla {
 
 constexpr int kFewThreads = 32 * kSlices;
+constexpr int kFewRing = 6;        // chunks of 64 columns
+constexpr int kFewBatch = 3;       // tiles whose slices are added up together
 constexpr int kFewPitch = 16 + 4;  // floats; so that neither side meets a bank twice
+constexpr int kFewChunkBytes = 16 * kTileRowBytes;
 
-__device__ inline uint2 LoadWeights(const bf16* p) {
-  uint2 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(x.x), "=r"(x.y)
-               : "l"(p));
-  return x;
+// What a launch fixes.
+struct FewShape {
+  int tiles_out, blocks, most_tiles;  // tiles in all, blocks that share them, tiles of one
+  bool packed;                        // the rings hold all that a block has
+  int weight_bytes, row_bytes;
+
+  __host__ __device__ int SharedBytes(int tiles_rows) const {
+    const int batch = most_tiles < kFewBatch ? most_tiles : kFewBatch;
+    return weight_bytes + row_bytes + batch * tiles_rows * kSlices * 8 * kFewPitch * 4;
+  }
+};
+
+// Where four columns of a row lie in a chunk of [rows][64]: eight lanes' pieces of 16 bytes, and
+// four rows' pairs of them, in different banks.
+__device__ inline int FewPiece(int row, int piece) {
+  return row * kTileRowBytes + ((piece ^ (row & 3) << 1) << 4);
+}
+__device__ inline uint2 FewFragment(const char* chunk, int row, int step, int t) {
+  const int at = FewPiece(row, step * 2 + t / 2) + (t & 1) * 8;
+  return *reinterpret_cast<const uint2*>(chunk + at);
 }
 
-// kTiles: of eight rows. kDepth: products whose weights are in registers at once; kOnce: as many as
-// a slice has.
-template <int kTiles, int kDepth, bool kOnce>
-__global__ void __launch_bounds__(kFewThreads, kDepth > 16                  ? 1
-                                               : kDepth == 8 && kTiles == 1 ? 3
-                                                                            : 2)
-    FewRowsKernel(const __grid_constant__ ProductParams p, int tiles_out) {
-  constexpr int kAhead = 8;  // products whose rows are in registers at once
-  static_assert(kDepth % kAhead == 0);
-  __shared__ float4 sums[kSlices * kTiles * 8 * kFewPitch / 4];
+// kTiles: of eight rows. kRowsShared: the rows pass through shared memory too; else they come
+// straight to registers, which leaves room for another kernel's weights when rows are long.
+template <int kTiles, bool kRowsShared>
+__global__ void __launch_bounds__(kFewThreads, 2)
+    FewRowsKernel(const __grid_constant__ ProductParams p, const FewShape shape) {
+  extern __shared__ __align__(128) char shared[];
   __shared__ float factors[kTiles * 8];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  const int out0 = static_cast<int>(blockIdx.x % tiles_out) * 16;
-  const int row0 = static_cast<int>(blockIdx.x / tiles_out) * kTiles * 8;
-
-  const int first = SliceStart(p.in, warp) * 4;
-  const int steps = min(SliceStart(p.in, warp + 1) * 4, p.in / 16) - first;
+  const int block = static_cast<int>(blockIdx.x) % shape.blocks;
+  const int row0 = static_cast<int>(blockIdx.x) / shape.blocks * kTiles * 8;
+  const int chunk0 = SliceStart(p.in, warp), chunks = SliceStart(p.in, warp + 1) - chunk0;
+  const int tiles = CeilDiv(shape.tiles_out - block, shape.blocks);
   const bool swiglu = p.epilogue == DecodeEpilogue::kSwiGlu;
-  const int out_a = swiglu ? out0 / 2 + g : min(out0 + g, p.out - 1);
-  const int out_b = swiglu ? out_a + p.out / 2 : min(out0 + g + 8, p.out - 1);
-  const bf16* const weight_a = p.weight + int64_t{out_a} * p.in + first * 16 + t * 4;
-  const bf16* const weight_b = p.weight + int64_t{out_b} * p.in + first * 16 + t * 4;
-  uint2 a[kDepth], b[kDepth];
+  const auto out_of = [&](int tile) { return (block + tile * shape.blocks) * 16; };
+  char* const ring =
+      shared + (shape.packed ? chunk0 * shape.most_tiles : warp * kFewRing) * kFewChunkBytes;
+  char* const rows = shared + shape.weight_bytes + chunk0 * kTiles * 8 * kTileRowBytes;
+  float* const sums = reinterpret_cast<float*>(shared + shape.weight_bytes + shape.row_bytes);
+
+  // The next chunk of this warp into its ring, as one group of copies; an empty one at the end.
+  int next_tile = chunks > 0 ? 0 : tiles, next_chunk = 0, next_slot = 0;
+  const auto copy_next = [&] {
+    if (next_tile < tiles) {
+      const uint32_t to = SharedAddress(ring) + next_slot * kFewChunkBytes;
+      const int out0 = out_of(next_tile), piece = lane % 8;
+      const int column = (chunk0 + next_chunk) * 64 + piece * 8;
+      const bool valid = column < p.in;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    if (i < steps) {
-      a[i] = LoadWeights(weight_a + i * 16);
-      b[i] = LoadWeights(weight_b + i * 16);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 8 + i * 4;
+        const int out =
+            swiglu ? out0 / 2 + row % 8 + (i < 2 ? 0 : p.out / 2) : min(out0 + row, p.out - 1);
+        CopyAsync(to + FewPiece(row, piece),
+                  valid ? p.weight + int64_t{out} * p.in + column : p.weight, valid);
+      }
+      if (++next_slot == kFewRing) next_slot = 0;
+      if (++next_chunk == chunks) next_chunk = 0, ++next_tile;
     }
-  }
+    CommitCopies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kFewRing; ++i) copy_next();
 
   WaitForPrevious();
   AllowNext();
 
-  const bf16* x[kTiles];
-  bool has_row[kTiles];
+  if (kRowsShared) {
+    for (int c = 0; c < chunks; ++c) {
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    const int row = row0 + j * 8 + g;
-    has_row[j] = row < p.rows;
-    x[j] = p.x + (has_row[j] ? row : 0) * p.x_stride + first * 16 + t * 4;
-  }
-  const auto load_row = [&](int j, int step) -> uint2 {
-    if (!has_row[j]) return {0, 0};
-    return __ldcg(reinterpret_cast<const uint2*>(x[j] + step * 16));
-  };
-  uint2 xs[kAhead][kTiles];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (i < steps) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) xs[i][j] = load_row(j, i);
+      for (int i = 0; i < kTiles * 2; ++i) {
+        const int row = lane / 8 + i * 4, piece = lane % 8;
+        const int column = (chunk0 + c) * 64 + piece * 8;
+        const bool valid = row0 + row < p.rows && column < p.in;
+        CopyAsync(SharedAddress(rows) + c * kTiles * 8 * kTileRowBytes + FewPiece(row, piece),
+                  valid ? p.x + (row0 + row) * p.x_stride + column : p.x, valid);
+      }
     }
+    CommitCopies();
   }
-  PatchEnd end;
-  const int row = row0 + warp * 8 + lane % 8;
-  if (warp < kTiles) end.Load(p, row, out0);
-  RowFactor row_factor[kTiles];
+  // From registers: the four products of a chunk, so many chunks ahead.
+  constexpr int kAhead = kRowsShared ? 1 : kTiles == 1 ? 6 : 3;
+  uint2 xs[kAhead][4][kTiles];
+  const auto load_rows = [&](uint2(&to)[4][kTiles], int chunk) {
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) row_factor[j].Load(p, row0 + j * 8 + warp);
+    for (int j = 0; j < kTiles; ++j) {
+      const int row = row0 + j * 8 + g, column = (chunk0 + chunk) * 64 + t * 4;
+      const bf16* const from = p.x + row * p.x_stride + column;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const bool valid = row < p.rows && column + s * 16 < p.in;
+        to[s][j] = valid ? __ldcg(reinterpret_cast<const uint2*>(from + s * 16)) : uint2{0, 0};
+      }
+    }
+  };
 
-  float sum[kTiles][4] = {};
-  for (int base = 0; base < (kOnce ? 1 : steps); base += kDepth) {
+  float sum[kTiles][4];
+  const auto clear = [&] {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      const int step = kOnce ? i : base + i;
-      if (step < steps) {
-        const uint32_t w[4] = {a[i].x, b[i].x, a[i].y, b[i].y};
+    for (int j = 0; j < kTiles; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
+  };
+  const auto store = [&](int tile) {
+    float* const to = sums + (tile * kSlices + warp) * kTiles * 8 * kFewPitch;
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint2 v = xs[i % kAhead][j];
-          Mma16x8x16(sum[j], w, {v.x, v.y});
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        to[(j * 8 + t * 2 + (e & 1)) * kFewPitch + g + (e & 2 ? 8 : 0)] = sum[j][e];
+      }
+    }
+  };
+  int turn = 0, slot = 0;
+  for (int first = 0; first < tiles; first += kFewBatch) {
+    const int batch = min(kFewBatch, tiles - first);
+    // One patch of 8 rows by 16 outputs to a warp, at most.
+    const int tile = warp / kTiles, row = row0 + warp % kTiles * 8 + lane % 8;
+    const int out = out_of(first + tile);
+    PatchEnd end;
+    float4 norm = {};
+    if (tile < batch) {
+      end.Load(p, row, out);
+      norm = PatchEnd::LoadNorm(p, out);
+    }
+    RowFactor factor;
+    const int factor_row = warp * 4 + lane / 8;
+    if (first == 0 && warp < kTiles * 2) factor.Load(p, row0 + factor_row);
+
+    const int work = batch * chunks;
+    if (!kRowsShared) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (u < work) load_rows(xs[u], u % chunks);
+      }
+    }
+    clear();
+    int chunk = 0, done = 0, ahead = kRowsShared || chunks == 0 ? 0 : kAhead % chunks;
+    for (int q = 0; q < work; q += kAhead) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (q + u >= work) break;
+        if (turn == 0) {
+          WaitCopies<0>();  // the rows came last
+          __syncwarp();
+        } else if (turn >= kFewRing) {
+          WaitCopies<kFewRing - 1>();
+          __syncwarp();
+        }
+        const char* const weights = ring + slot * kFewChunkBytes;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          const uint2 low = FewFragment(weights, g, s, t), high = FewFragment(weights, g + 8, s, t);
+          const uint32_t w[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint2 x =
+                kRowsShared ? FewFragment(rows + (chunk * kTiles + j) * 8 * kTileRowBytes, g, s, t)
+                            : xs[u][s][j];
+            Mma16x8x16(sum[j], w, {x.x, x.y});
+          }
+        }
+        __syncwarp();
+        copy_next();
+        ++turn;
+        if (++slot == kFewRing) slot = 0;
+        if (++chunk == chunks) {
+          chunk = 0;
+          store(done++);
+          clear();
+        }
+        if (!kRowsShared && q + u + kAhead < work) {
+          load_rows(xs[u], ahead);
+          if (++ahead == chunks) ahead = 0;
         }
       }
-      if (!kOnce && step + kDepth < steps) {
-        a[i] = LoadWeights(weight_a + (step + kDepth) * 16);
-        b[i] = LoadWeights(weight_b + (step + kDepth) * 16);
-      }
-      if ((!kOnce || i + kAhead < kDepth) && step + kAhead < steps) {
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) xs[i % kAhead][j] = load_row(j, step + kAhead);
-      }
     }
-  }
-
-  float* const mine = reinterpret_cast<float*>(sums) + warp * kTiles * 8 * kFewPitch;
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      mine[(j * 8 + t * 2 + (e & 1)) * kFewPitch + g + (e & 2 ? 8 : 0)] = sum[j][e];
+    if (chunks == 0) {
+      for (int i = 0; i < batch; ++i) store(i);
     }
-  }
+    if (first == 0 && warp < kTiles * 2) {
+      const float f = factor.Finish(p, row0 + factor_row);
+      if (lane % 8 == 0) factors[factor_row] = f;
+    }
+    __syncthreads();
+    if (tile < batch) {
+      const int n = warp % kTiles * 8 + lane % 8;
+      float4 total = {};
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    const float factor = row_factor[j].Finish(p, row0 + j * 8 + warp);
-    if (lane == 0) factors[j * 8 + warp] = factor;
+      for (int s = 0; s < kSlices; ++s) {
+        const float4 part = *reinterpret_cast<const float4*>(
+            sums + ((tile * kSlices + s) * kTiles * 8 + n) * kFewPitch + lane / 8 * 4);
+        total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
+      }
+      end.Finish(p, row, out, norm, total, factors[n]);
+    }
+    if (first + kFewBatch < tiles) __syncthreads();
   }
-  __syncthreads();
-  if (warp >= kTiles) return;
-  const int n = warp * 8 + lane % 8;
-  float4 total = {};
-#pragma unroll
-  for (int s = 0; s < kSlices; ++s) {
-    const float4 part = sums[(s * kTiles * 8 + n) * kFewPitch / 4 + lane / 8];
-    total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
-  }
-  end.Finish(p, row, out0, total, factors[n]);
 }
 
 }  // namespace gla

@@ -173,15 +173,16 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
 
   WaitForPrevious();
   {
-    constexpr int kAtOnce = kRows / Shape::kWarps < 4 ? kRows / Shape::kWarps : 4;
-    for (int r = warp * kAtOnce; r < kRows; r += Shape::kWarps * kAtOnce) {
+    constexpr int kStep = Shape::kWarps * 4;  // rows: four a warp
+    constexpr int kAtOnce = kRows / kStep < 4 ? kRows / kStep : 4;
+    for (int r = warp * 4 + lane / 8; r < kRows; r += kStep * kAtOnce) {
       RowFactor factor[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) factor[i].Load(p, row0 + r + i);
+      for (int i = 0; i < kAtOnce; ++i) factor[i].Load(p, row0 + r + i * kStep);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float f = factor[i].Finish(p, row0 + r + i);
-        if (lane == 0) factors[r + i] = f;
+        const float f = factor[i].Finish(p, row0 + r + i * kStep);
+        if (lane % 8 == 0) factors[r + i * kStep] = f;
       }
     }
   }
@@ -239,36 +240,30 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
     }
   }
 
-  // Patches of 8 rows by 16 outputs, one a warp; alone, a warp ends those whose sums it has.
-  constexpr int kPatches = kRows / 8 * Shape::kWarps;
-  const auto patch_row = [&](int i) { return i / Shape::kWarps * 8 + lane % 8; };
-  const auto patch_out = [&](int i) { return i % Shape::kWarps * 16; };
+  // Patches of 8 rows by 16 outputs: a warp ends those of 16 outputs, every cluster-th one.
+  const int column = warp * 16, out = out0 + column;
+  const float4 norm = PatchEnd::LoadNorm(p, out);
+  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // stages used up, factors there
   if (cluster == 1) {
-    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the stages are used up
     store(total, 0);
-    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");
+    __syncwarp();  // a warp ends what it summed itself
   } else {
-    asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the factors
-    __syncwarp();
     ArriveCluster();
   }
-  constexpr int kAtOnce = kRows >= 64 ? 2 : 1;
-  bool waited = cluster == 1;
-  for (int i = rank * Shape::kWarps + warp; i < kPatches; i += cluster * Shape::kWarps * kAtOnce) {
+  constexpr int kAtOnce = kRows >= 64 ? 8 : kRows / 8;
+  for (int first = rank * 8; first < kRows || first == rank * 8; first += kAtOnce * cluster * 8) {
     PatchEnd end[kAtOnce];
-    const auto patch = [&](int j) { return i + j * cluster * Shape::kWarps; };
+    const auto row_of = [&](int j) { return first + j * cluster * 8 + lane % 8; };
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (patch(j) < kPatches)
-        end[j].Load(p, row0 + patch_row(patch(j)), out0 + patch_out(patch(j)));
+      if (row_of(j) < kRows) end[j].Load(p, row0 + row_of(j), out);
     }
-    if (!waited) WaitCluster();
-    waited = true;
+    if (cluster > 1 && first == rank * 8) WaitCluster();
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (patch(j) >= kPatches) break;
-      const int r = patch_row(patch(j)), o = patch_out(patch(j));
-      const uint32_t at = sums_at + (r * Shape::kPitch + o + lane / 8 * 4) * 4;
+      const int r = row_of(j);
+      if (r >= kRows) break;
+      const uint32_t at = sums_at + (r * Shape::kPitch + column + lane / 8 * 4) * 4;
       float4 sum = {};
       if (cluster == 1) {
         sum = *reinterpret_cast<const float4*>(head + (at - base));
@@ -279,11 +274,10 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
           sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
         }
       }
-      end[j].Finish(p, row0 + r, out0 + o, sum, factors[r]);
+      end[j].Finish(p, row0 + r, out, norm, sum, factors[r]);
     }
   }
   if (cluster > 1) {
-    if (!waited) WaitCluster();
     ArriveCluster();  // the others may still read this block's sums
     WaitCluster();
   }
