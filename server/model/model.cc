@@ -115,7 +115,8 @@ absl::Status Model::Impl::Allocate() {
                                                    device.memory_free(), " bytes are free"));
 }
 
-const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* finite) {
+const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* finite,
+                                  const int32_t* sampled) {
   const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   if (rows > options.max_rows || plan.num_seqs() > options.max_seqs ||
       logit_rows > options.max_logit_rows) {
@@ -129,6 +130,9 @@ const float* Model::Impl::Forward(const StepPlan& plan, float* states, int32_t* 
   const bool chunkwise =
       options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
   inputs->Set(plan, chunkwise);
+  if (std::any_of(plan.tokens.begin(), plan.tokens.end(), [](int32_t t) { return t < 0; })) {
+    ResolveTokens(device, {.tokens = inputs->tokens, .sampled = sampled, .rows = rows});
+  }
   Embed(device, {.tokens = inputs->tokens,
                  .table = weights.embeddings.data(),
                  .y = static_cast<float*>(residual.data),
@@ -196,8 +200,9 @@ int64_t Model::embedding_bytes() const {
   return static_cast<int64_t>(impl_->weights.embeddings.bytes());
 }
 
-const float* Model::Forward(const StepPlan& plan, float* states, int32_t* finite) {
-  return impl_->Forward(plan, states, finite);
+const float* Model::Forward(const StepPlan& plan, float* states, int32_t* finite,
+                            const int32_t* sampled) {
+  return impl_->Forward(plan, states, finite, sampled);
 }
 
 }  // namespace gla

@@ -39,7 +39,8 @@ struct Model::Impl {
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
 
-  const float* Forward(const StepPlan& plan, float* states, int32_t* finite);
+  const float* Forward(const StepPlan& plan, float* states, int32_t* finite,
+                       const int32_t* sampled);
   void Attention(int layer, int rows, float* states);
   void Mlp(const LayerWeights& w, int rows);
   void Norm(const DeviceBuffer& weight, Rows x, Rows y, int rows);

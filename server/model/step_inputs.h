@@ -28,7 +28,7 @@ class StepInputs {
   // length alone, so its bits do too. What the members below point to is valid until the next Set.
   void Set(const StepPlan& plan, bool chunkwise);
 
-  const int32_t* tokens = nullptr;      // [T]
+  int32_t* tokens = nullptr;            // [T]
   const int64_t* positions = nullptr;   // [T] of each row in its session
   const int32_t* logit_rows = nullptr;  // [R]
   Sequences seqs;                       // all of the plan
