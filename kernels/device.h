@@ -1,7 +1,8 @@
 // A device: its memory, and one in-order queue of work.
 //
 // Every kernel call and every copy is queued on the device's one queue and runs in the order of the
-// calls; only Download(), Synchronize() and Readback::Wait() wait. A Device is used by one thread at a time.
+// calls; only Download(), Synchronize() and Readback::Wait() wait. A Device is used by one thread
+// at a time.
 //
 // Two libraries implement this header, kernels/cpu and kernels/cuda; a program links exactly one.
 #pragma once

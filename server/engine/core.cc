@@ -149,8 +149,8 @@ bool Engine::Core::TakeInbox() {
   for (;;) {
     Beat();
     const bool is_idle = scheduler_.is_empty() && !in_flight_.has_value();
-    std::vector<Message> messages = inbox_.Take(
-        is_idle ? std::chrono::steady_clock::now() + kIdleSleep : Instant::min());
+    std::vector<Message> messages =
+        inbox_.Take(is_idle ? std::chrono::steady_clock::now() + kIdleSleep : Instant::min());
     now_ = options_.clock();
     ExpireSessions();
     for (Message& message : messages) Handle(std::move(message));

@@ -72,8 +72,7 @@ void Engine::Core::CountStep(const Step& step, Instant began) {
   metrics_.StepDuration(kind).Observe(SecondsBetween(began, now_));
 }
 
-void Engine::Core::Advance(Sequence& sequence, const StepPart& part,
-                           const SampleResults& results) {
+void Engine::Core::Advance(Sequence& sequence, const StepPart& part, const SampleResults& results) {
   const int64_t start = sequence.position();
   sequence.consumed += part.num_rows;
   const auto first = static_cast<size_t>(part.first_logit);

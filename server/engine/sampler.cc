@@ -77,9 +77,9 @@ Sampler::Sampler(Device& device, const SamplerLimits& limits)
       max_adjustments_(std::max(kMaxAdjustments, static_cast<size_t>(vocab_))),
       inputs_(device, static_cast<size_t>(max_jobs_) * (sizeof(SampleRow) + sizeof(int32_t)) +
                           max_adjustments_ * sizeof(TokenAdjustment) + sizeof(int32_t)),
-      outputs_(device, sizeof(int32_t) * (max_step_rows_ +
-                                          2 * static_cast<size_t>(limits.max_logit_rows) +
-                                          2 * static_cast<size_t>(max_jobs_) * kMaxTop)),
+      outputs_(device,
+               sizeof(int32_t) * (max_step_rows_ + 2 * static_cast<size_t>(limits.max_logit_rows) +
+                                  2 * static_cast<size_t>(max_jobs_) * kMaxTop)),
       scratch_(device,
                sizeof(float) * static_cast<size_t>(max_jobs_) * static_cast<size_t>(vocab_)),
       readbacks_{Readback(device, outputs_.bytes()), Readback(device, outputs_.bytes())} {}

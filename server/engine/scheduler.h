@@ -2,8 +2,8 @@
 //
 // Every sequence that generates gets its one row each step; what is left of the budget goes to
 // prompts, oldest first. A step can be planned while the one before it is queued: a token that is
-// not known yet goes by its place among that step's samples. Nothing depends on a sequence's contents, and what a sequence is fed does
-// not depend on who else runs.
+// not known yet goes by its place among that step's samples. Nothing depends on a sequence's
+// contents, and what a sequence is fed does not depend on who else runs.
 #pragma once
 
 #include <cstdint>
