@@ -1,7 +1,8 @@
 // A device: its memory, and one in-order queue of work.
 //
 // Every kernel call and every copy is queued on the device's one queue and runs in the order of the
-// calls; only Download() and Synchronize() wait. A Device is used by one thread at a time.
+// calls; only Download(), Synchronize() and Readback::Wait() wait. A Device is used by one thread
+// at a time.
 //
 // Two libraries implement this header, kernels/cpu and kernels/cuda; a program links exactly one.
 #pragma once
@@ -109,6 +110,28 @@ class DeviceBuffer {
   Device* device_ = nullptr;
   void* data_ = nullptr;
   size_t bytes_ = 0;
+};
+
+// Host memory into which bytes of the device are copied without waiting for them.
+class Readback {
+ public:
+  Readback(Device& device, size_t capacity);
+  ~Readback();  // waits for a copy that is under way
+  Readback(const Readback&) = delete;
+  Readback& operator=(const Readback&) = delete;
+
+  // False when there was no memory.
+  bool ok() const { return data_ != nullptr; }
+  // Queues the copy. REQUIRES: bytes <= capacity.
+  void Start(const void* device_src, size_t bytes);
+  // Waits for the last Start's copy, not for what was queued after it. The bytes stay until the
+  // next Start.
+  const void* Wait();
+
+ private:
+  Device& device_;
+  void* data_ = nullptr;
+  void* event_ = nullptr;  // the backend's
 };
 
 }  // namespace gla

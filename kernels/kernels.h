@@ -81,6 +81,15 @@ struct EmbedArgs {
 };
 void Embed(Device& device, const EmbedArgs& args);
 
+// In place: tokens[t] = max(sampled[~tokens[t]], 0) where it is below 0. So a step can be queued
+// before the host knows what the step before it sampled.
+struct ResolveTokensArgs {
+  int32_t* tokens;         // [T]
+  const int32_t* sampled;  // one below 0 (a row that was not finite) gives token 0
+  int rows;
+};
+void ResolveTokens(Device& device, const ResolveTokensArgs& args);
+
 // y = x / sqrt(mean(x^2) + eps) * weight, times gate * sigmoid(gate) when a gate is given.
 // (RMSNorm, Zhang & Sennrich 2019; the gated form is fla's FusedRMSNormGated with swish.)
 // Rows may be grouped: row r of the [rows * groups, dim] view is group r % groups of row r /

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <limits>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -93,6 +94,7 @@ EngineOptions OptionsForEngine(const Config& config, int64_t num_slots) {
   options.max_queued_tokens = config.max_num_queued_tokens;
   options.num_slots = num_slots;
   options.default_session_ttl_seconds = config.session_ttl;
+  options.run_ahead = Device::backend() != std::string_view("cpu");
   options.poison_freed_slots = config.poison_freed_slots == "yes";
   return options;
 }

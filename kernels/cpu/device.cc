@@ -209,6 +209,15 @@ void Device::Fill(void* device_dst, int byte, size_t bytes) {
 }
 void Device::Synchronize() {}
 
+// Queued work is done when the call returns, so there is never anything to wait for.
+Readback::Readback(Device& device, size_t capacity)
+    : device_(device), data_(std::malloc(std::max<size_t>(capacity, 1))) {}
+Readback::~Readback() { std::free(data_); }
+void Readback::Start(const void* device_src, size_t bytes) {
+  device_.Download(data_, device_src, bytes);
+}
+const void* Readback::Wait() { return data_; }
+
 const std::string& Device::name() const { return impl_->name; }
 const char* Device::backend() { return "cpu"; }
 size_t Device::memory_total() const { return impl_->memory_total; }

@@ -1,4 +1,6 @@
-// y[t] = table[tokens[t]], as float32.
+// y[t] = table[tokens[t]], as float32, and which tokens those are.
+#include <algorithm>
+
 #include "kernels/cpu/common.h"
 #include "kernels/kernels.h"
 
@@ -15,6 +17,12 @@ void Embed(Device& device, const EmbedArgs& a) {
       }
     });
   });
+}
+
+void ResolveTokens(Device&, const ResolveTokensArgs& a) {
+  for (int t = 0; t < a.rows; ++t) {
+    if (a.tokens[t] < 0) a.tokens[t] = std::max(a.sampled[~a.tokens[t]], 0);
+  }
 }
 
 }  // namespace gla

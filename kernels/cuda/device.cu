@@ -153,6 +153,42 @@ void Device::Synchronize() {
   CUDA_CHECK(cudaStreamSynchronize(impl_->stream));
 }
 
+Readback::Readback(Device& device, size_t capacity) : device_(device) {
+  device_.impl().Use();
+  const cudaError_t status = cudaMallocHost(&data_, std::max<size_t>(capacity, 1));
+  if (status != cudaSuccess) {
+    data_ = nullptr;
+    cudaGetLastError();
+    if (status != cudaErrorMemoryAllocation) CUDA_CHECK(status);
+    return;
+  }
+  cudaEvent_t event = nullptr;
+  CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  event_ = event;
+}
+
+Readback::~Readback() {
+  if (data_ == nullptr) return;
+  Wait();
+  CUDA_CHECK(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+  CUDA_CHECK(cudaFreeHost(data_));
+}
+
+void Readback::Start(const void* device_src, size_t bytes) {
+  const cudaStream_t stream = Queue(device_);
+  if (bytes > 0) {
+    CUDA_CHECK(cudaMemcpyAsync(data_, device_src, bytes, cudaMemcpyDeviceToHost, stream));
+  }
+  CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream));
+}
+
+const void* Readback::Wait() {
+  device_.impl().Use();
+  // Returns at once before the first Start: an event never recorded counts as done.
+  CUDA_CHECK(cudaEventSynchronize(static_cast<cudaEvent_t>(event_)));
+  return data_;
+}
+
 const std::string& Device::name() const { return impl_->name; }
 const char* Device::backend() { return "cuda"; }
 size_t Device::memory_total() const { return impl_->memory_total; }

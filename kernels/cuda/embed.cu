@@ -1,4 +1,4 @@
-// y[t] = table[tokens[t]], as float32.
+// y[t] = table[tokens[t]], as float32, and which tokens those are.
 #include "kernels/cuda/common.cuh"
 #include "kernels/kernels.h"
 
@@ -16,6 +16,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < dim; i += kThreads) to[i] = ToFloat(from[i]);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    ResolveTokensKernel(int32_t* tokens, const int32_t* sampled, int rows) {
+  const int row = blockIdx.x * kThreads + threadIdx.x;
+  if (row < rows && tokens[row] < 0) tokens[row] = max(sampled[~tokens[row]], 0);
+}
+
 }  // namespace
 
 void Embed(Device& device, const EmbedArgs& a) {
@@ -28,6 +34,14 @@ void Embed(Device& device, const EmbedArgs& a) {
   if (a.table_dtype == DType::kFloat32) launch.operator()<float>();
   if (a.table_dtype == DType::kBFloat16) launch.operator()<bf16>();
   if (a.table_dtype == DType::kFloat16) launch.operator()<__half>();
+  CUDA_CHECK(cudaGetLastError());
+}
+
+void ResolveTokens(Device& device, const ResolveTokensArgs& a) {
+  if (a.rows == 0) return;
+  const cudaStream_t stream = Queue(device);
+  ResolveTokensKernel<<<(a.rows + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
+      a.tokens, a.sampled, a.rows);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -133,17 +133,24 @@ Engine::Core::Core(Device& device, Model& model, const Tokenizer& tokenizer, Met
 void Engine::Core::Run() {
   thread_id_ = std::this_thread::get_id();
   while (TakeInbox()) {
-    const Step step = scheduler_.Plan();
-    int32_t* const finite = step.judges_rows() ? sampler_->finite() : nullptr;
-    Deliver(step, model_.Forward(step.plan, pool_->states(), finite));
+    const std::optional<QueuedStep> last = std::exchange(in_flight_, std::nullopt);
+    if (last.has_value() && (!options_.run_ahead || scheduler_.waits_for_tokens())) {
+      Deliver(*last);
+      continue;
+    }
+    // The device goes on while the last step's tokens are delivered.
+    Step step = scheduler_.Plan();
+    if (!step.is_empty()) in_flight_ = Queue(std::move(step));
+    if (last.has_value()) Deliver(*last);
   }
 }
 
 bool Engine::Core::TakeInbox() {
   for (;;) {
     Beat();
-    std::vector<Message> messages = inbox_.Take(
-        scheduler_.is_empty() ? std::chrono::steady_clock::now() + kIdleSleep : Instant::min());
+    const bool is_idle = scheduler_.is_empty() && !in_flight_.has_value();
+    std::vector<Message> messages =
+        inbox_.Take(is_idle ? std::chrono::steady_clock::now() + kIdleSleep : Instant::min());
     now_ = options_.clock();
     ExpireSessions();
     for (Message& message : messages) Handle(std::move(message));
@@ -154,7 +161,7 @@ bool Engine::Core::TakeInbox() {
     EndOverdue();
     Admit();
     UpdateGauges();
-    if (scheduler_.num_running() > 0) return true;
+    if (scheduler_.num_running() > 0 || in_flight_.has_value()) return true;
     TellDrained();
   }
 }
@@ -246,25 +253,36 @@ absl::Status Engine::Core::OpenSession(Sequence& sequence) {
 
 void Engine::Core::Cancel(RequestId id) {
   const auto it = sequences_.find(id);
-  // One whose tokens are all made ends in the next step as it would have anyway.
-  if (it == sequences_.end() || it->second->end.has_value()) return;
+  if (it == sequences_.end()) return;
   Sequence& sequence = *it->second;
   // A client whose deadline passes cancels the call itself, a little before the deadline as it is
   // known here.
-  if (now_ + kCancelledByDeadline >= sequence.deadline) return FinishOverdue(sequence);
-  Finish(sequence, FinishReason::kCancelled,
-         absl::CancelledError(absl::StrCat("cancelled ", Progress(sequence))));
+  const bool is_overdue = now_ + kCancelledByDeadline >= sequence.deadline;
+  Abort(sequence, is_overdue ? FinishReason::kDeadline : FinishReason::kCancelled);
 }
 
 void Engine::Core::EndOverdue() {
   for (Sequence* sequence : scheduler_.All()) {
-    if (now_ >= sequence->deadline && !sequence->end.has_value()) FinishOverdue(*sequence);
+    if (now_ >= sequence->deadline) Abort(*sequence, FinishReason::kDeadline);
   }
 }
 
-void Engine::Core::FinishOverdue(Sequence& sequence) {
-  Finish(sequence, FinishReason::kDeadline,
-         absl::DeadlineExceededError(absl::StrCat("deadline passed ", Progress(sequence))));
+void Engine::Core::Abort(Sequence& sequence, FinishReason reason) {
+  // One whose tokens are all made ends in the next step as it would have anyway.
+  if (sequence.end.has_value() || sequence.aborted.has_value()) return;
+  if (sequence.session != nullptr && sequence.is_in_flight()) {
+    sequence.aborted = reason;
+  } else {
+    FinishAborted(sequence, reason);
+  }
+}
+
+void Engine::Core::FinishAborted(Sequence& sequence, FinishReason reason) {
+  const std::string progress = Progress(sequence);
+  Finish(sequence, reason,
+         reason == FinishReason::kDeadline
+             ? absl::DeadlineExceededError(absl::StrCat("deadline passed ", progress))
+             : absl::CancelledError(absl::StrCat("cancelled ", progress)));
 }
 
 void Engine::Core::Admit() {
@@ -317,7 +335,8 @@ void Engine::Core::Finish(Sequence& sequence, FinishReason reason, absl::Status 
 
 void Engine::Core::CloseSession(Sequence& sequence, bool keeps_state) {
   Session& session = *sequence.session;
-  if (keeps_state && sequence.consumed > 0) {
+  // What is still in flight is not judged: only a session that is deleted meanwhile has any.
+  if (keeps_state && sequence.consumed > 0 && !sequence.is_in_flight()) {
     session.position = sequence.position();
     session.slot = std::move(sequence.slot);
   }

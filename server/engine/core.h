@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -50,12 +51,20 @@ class Engine::Core {
        const EngineOptions& options, std::unique_ptr<StatePool> pool,
        std::unique_ptr<Sampler> sampler);
 
+  // A step that the device runs, or is about to.
+  struct QueuedStep {
+    Step step;
+    Instant queued;
+  };
+
   void Run();
   void Beat();
   // Handles what has come, ends what is over, admits what waits. Returns when there is a step to
-  // run: sleeps as long as nothing is in flight. False once the engine is stopped.
+  // plan or to deliver: sleeps as long as there is neither. False once the engine is stopped.
   bool TakeInbox();
-  void Deliver(const Step& step, const float* logits);
+  QueuedStep Queue(Step step);
+  // Waits for the results.
+  void Deliver(const QueuedStep& queued);
 
   void UpdateGauges();
 
@@ -65,17 +74,19 @@ class Engine::Core {
   absl::Status OpenSession(Sequence& sequence);
   void Cancel(RequestId id);
   void EndOverdue();
-  void FinishOverdue(Sequence& sequence);
+  // Ends the request before its time, for kCancelled or kDeadline. One on a session ends once the
+  // state of the step that is queued is known to be sound, because the session gets it.
+  void Abort(Sequence& sequence, FinishReason reason);
+  void FinishAborted(Sequence& sequence, FinishReason reason);
   void ExpireSessions();
   void Admit();
   void EndEverything();
   void TellDrained();
 
   // A step's results.
-  SampleResults Judge(const Step& step, const float* logits);
-  // The first of the part's rows that is not finite, or -1.
-  static int64_t FirstNonFinite(const StepPart& part, const SampleResults& results);
-  void Advance(const StepPart& part, const SampleResults& results);
+  // The first of the part's first `num_rows` rows that is not finite, or -1.
+  static int64_t FirstNonFinite(const StepPart& part, int num_rows, const SampleResults& results);
+  void Advance(Sequence& sequence, const StepPart& part, const SampleResults& results);
   void AdvanceScore(Sequence& sequence, absl::Span<const float> logprobs);
   void AddToken(Sequence& sequence, int32_t token, std::optional<TokenLogprob> logprob);
   // The end that `token` means by itself, whatever the text.
@@ -112,7 +123,9 @@ class Engine::Core {
   Scheduler scheduler_;
   std::unordered_map<RequestId, Sequence*> sequences_;  // accepted and not finished
   std::vector<std::function<void()>> drained_;
-  Instant now_;  // options_.clock(), once per turn and per step
+  std::optional<QueuedStep> in_flight_;
+  Instant now_;             // options_.clock(), once per turn and per step
+  Instant last_delivered_;  // now_ of the last step
 };
 
 }  // namespace gla

@@ -15,37 +15,47 @@ std::string LogitsAt(int64_t step, int64_t position) {
 
 }  // namespace
 
-void Engine::Core::Deliver(const Step& step, const float* logits) {
-  const Instant began = now_;
-  const SampleResults results = Judge(step, logits);
-  now_ = options_.clock();
-  CountStep(step, began);
-  for (const StepPart& part : step.parts) Advance(part, results);
-}
-
-SampleResults Engine::Core::Judge(const Step& step, const float* logits) {
+Engine::Core::QueuedStep Engine::Core::Queue(Step step) {
   std::vector<SampleJob> jobs;
   std::vector<int32_t> targets;
   for (const StepPart& part : step.parts) {
     const Sequence& sequence = *part.sequence;
     if (part.num_logits == 0) continue;
     if (sequence.is_score) {
-      const auto next = sequence.params.prompt.begin() + sequence.consumed + 1;
+      const auto next = sequence.params.prompt.begin() + part.start + 1;
       targets.insert(targets.end(), next, next + part.num_logits);
+    } else if (part.counter < 0) {
+      jobs.emplace_back();
     } else {
-      jobs.push_back({.row = ToSampleRow(sequence.params.sampling, sequence.num_generated),
+      jobs.push_back({.row = ToSampleRow(sequence.params.sampling, part.counter),
                       .adjustments = sequence.adjustments.entries(),
                       .logprobs = sequence.params.logprobs});
     }
   }
-  // There is always something to read, so the next step always waits for this one: a cancellation
-  // must not find a queue of steps ahead of it.
-  return sampler_->Run(logits, jobs, targets, step.judges_rows() ? step.plan.num_rows() : 0);
+  const bool judges_rows = step.judges_rows();
+  int32_t* const finite = judges_rows ? sampler_->finite() : nullptr;
+  const float* logits = model_.Forward(step.plan, pool_->states(), finite, sampler_->sampled());
+  sampler_->Start(logits, jobs, targets, judges_rows ? step.plan.num_rows() : 0);
+  return {std::move(step), now_};
 }
 
-int64_t Engine::Core::FirstNonFinite(const StepPart& part, const SampleResults& results) {
-  // The last rows of a part have logits, which judge them.
-  for (int i = 0; i < part.num_rows - part.num_logits; ++i) {
+void Engine::Core::Deliver(const QueuedStep& queued) {
+  // There is always something to read, and never more than one step is queued behind this one: a
+  // cancellation must not find a queue of steps ahead of it.
+  const SampleResults results = sampler_->Take();
+  now_ = options_.clock();
+  CountStep(queued.step, std::max(queued.queued, last_delivered_));
+  last_delivered_ = now_;
+  for (const StepPart& part : queued.step.parts) {
+    // Whoever has ended meanwhile has no use for it.
+    const auto it = sequences_.find(part.id);
+    if (it != sequences_.end()) Advance(*it->second, part, results);
+  }
+}
+
+int64_t Engine::Core::FirstNonFinite(const StepPart& part, int num_rows,
+                                     const SampleResults& results) {
+  for (int i = 0; i < num_rows; ++i) {
     if (results.finite[static_cast<size_t>(part.first_row + i)] == 0) return i;
   }
   return -1;
@@ -62,17 +72,22 @@ void Engine::Core::CountStep(const Step& step, Instant began) {
   metrics_.StepDuration(kind).Observe(SecondsBetween(began, now_));
 }
 
-void Engine::Core::Advance(const StepPart& part, const SampleResults& results) {
-  Sequence& sequence = *part.sequence;
+void Engine::Core::Advance(Sequence& sequence, const StepPart& part, const SampleResults& results) {
   const int64_t start = sequence.position();
   sequence.consumed += part.num_rows;
   const auto first = static_cast<size_t>(part.first_logit);
-  if (const int64_t row = FirstNonFinite(part, results); row >= 0) {
+  // The last rows of a part have logits, which judge them. Where only the state is wanted of it, it
+  // does not matter what those would be.
+  const bool is_last = sequence.end.has_value() || sequence.aborted.has_value();
+  const int num_judged = part.num_rows - (is_last ? 0 : part.num_logits);
+  if (const int64_t row = FirstNonFinite(part, num_judged, results); row >= 0) {
     FinishNonFinite(sequence, absl::StrCat("activations at token position ", start + row));
   } else if (sequence.is_score) {
     AdvanceScore(sequence, results.logprobs.subspan(first, static_cast<size_t>(part.num_logits)));
   } else if (sequence.end.has_value()) {
     Finish(sequence, *sequence.end, absl::OkStatus());  // its state holds its last token now
+  } else if (sequence.aborted.has_value()) {
+    FinishAborted(sequence, *sequence.aborted);
   } else if (part.num_logits == 0) {
     sequence.sink->OnPrefill(sequence.consumed, sequence.prompt_rows());
   } else if (results.tokens[first] < 0) {
@@ -102,8 +117,8 @@ void Engine::Core::AdvanceScore(Sequence& sequence, absl::Span<const float> logp
 void Engine::Core::AddToken(Sequence& sequence, int32_t token,
                             std::optional<TokenLogprob> logprob) {
   TokenEvent event = {.token = token, .text = "", .logprob = std::move(logprob)};
-  sequence.last_token = token;
-  ++sequence.num_generated;
+  // A later one may be asked for already.
+  if (++sequence.num_generated == sequence.num_asked) sequence.last_token = token;
   sequence.adjustments.AddGenerated(token);
   sequence.end = EndBy(sequence, token);
   if (!sequence.end.has_value()) {
@@ -159,13 +174,14 @@ absl::Status Engine::Core::SelfTest() {
     plan.write_slots = {slot.index()};
     plan.start_positions = {step * 4};
     plan.logit_rows = {plan.num_rows() - 1};
-    const float* logits = model_.Forward(plan, pool_->states());
-    const int32_t token = sampler_->Run(logits, {greedy}, {}).tokens[0];
-    if (token < 0) {
+    plan.num_decode = step;
+    const float* logits =
+        model_.Forward(plan, pool_->states(), sampler_->finite(), sampler_->sampled());
+    if (sampler_->Run(logits, {greedy}, {}, plan.num_rows()).tokens[0] < 0) {
       return absl::InternalError(
           absl::StrCat("self-test: non-finite logits at step ", step, " on ", device_.name()));
     }
-    plan.tokens = {token};
+    plan.tokens = {~0};
     plan.read_slots = {slot.index()};
   }
   return absl::OkStatus();

@@ -1,6 +1,9 @@
 // The engine: one thread that owns everything that changes.
 //
-//   while (TakeInbox()) { plan = scheduler.Plan(); Deliver(plan, model.Forward(plan)); }
+//   while (TakeInbox()) { next = Queue(scheduler.Plan()); Deliver(last); last = next; }
+//
+// A step is queued on the device before the tokens of the one before it are read and delivered: it
+// takes them from the device's memory.
 //
 // Other threads only leave messages in the inbox (Submit, Cancel, session calls, Drain); results
 // come back through TokenSink and callbacks, which run on the engine thread and must not block,
@@ -132,6 +135,9 @@ struct EngineOptions {
   int64_t max_queued_tokens = 1 << 20;  // prompt tokens waiting; beyond: ResourceExhausted
   int64_t num_slots = 0;                // state slots; > max_num_seqs
   int64_t default_session_ttl_seconds = 900;
+  // Queue a step before the results of the last one are known. Of no use where the device computes
+  // in the caller's thread; results do not depend on it.
+  bool run_ahead = true;
   bool poison_freed_slots = false;  // tests: fill freed slots with NaN
   Clock clock = [] { return std::chrono::steady_clock::now(); };  // tests move it by hand
 };

@@ -61,7 +61,10 @@ TokenLogprob SampleResults::LogprobOf(int job, int num_top) const {
 absl::StatusOr<std::unique_ptr<Sampler>> Sampler::Create(Device& device,
                                                          const SamplerLimits& limits) {
   std::unique_ptr<Sampler> sampler(new Sampler(device, limits));
-  if (sampler->inputs_.ok() && sampler->outputs_.ok() && sampler->scratch_.ok()) return sampler;
+  if (sampler->inputs_.ok() && sampler->outputs_.ok() && sampler->scratch_.ok() &&
+      sampler->readbacks_[0].ok() && sampler->readbacks_[1].ok()) {
+    return sampler;
+  }
   return absl::ResourceExhaustedError(absl::StrCat(
       "no device memory for sampling ", limits.max_jobs, " rows of ", limits.vocab, " logits"));
 }
@@ -69,48 +72,63 @@ absl::StatusOr<std::unique_ptr<Sampler>> Sampler::Create(Device& device,
 Sampler::Sampler(Device& device, const SamplerLimits& limits)
     : device_(device),
       max_jobs_(limits.max_jobs),
+      max_step_rows_(static_cast<size_t>(limits.max_step_rows)),
       vocab_(limits.vocab),
       max_adjustments_(std::max(kMaxAdjustments, static_cast<size_t>(vocab_))),
       inputs_(device, static_cast<size_t>(max_jobs_) * (sizeof(SampleRow) + sizeof(int32_t)) +
                           max_adjustments_ * sizeof(TokenAdjustment) + sizeof(int32_t)),
-      outputs_(device, sizeof(int32_t) * (static_cast<size_t>(limits.max_step_rows) +
-                                          2 * static_cast<size_t>(limits.max_logit_rows) +
-                                          2 * static_cast<size_t>(max_jobs_) * kMaxTop)),
+      outputs_(device,
+               sizeof(int32_t) * (max_step_rows_ + 2 * static_cast<size_t>(limits.max_logit_rows) +
+                                  2 * static_cast<size_t>(max_jobs_) * kMaxTop)),
       scratch_(device,
-               sizeof(float) * static_cast<size_t>(max_jobs_) * static_cast<size_t>(vocab_)) {}
+               sizeof(float) * static_cast<size_t>(max_jobs_) * static_cast<size_t>(vocab_)),
+      readbacks_{Readback(device, outputs_.bytes()), Readback(device, outputs_.bytes())} {}
 
-SampleResults Sampler::Run(const float* logits, absl::Span<const SampleJob> jobs,
-                           absl::Span<const int32_t> targets, int num_finite) {
+void Sampler::Start(const float* logits, absl::Span<const SampleJob> jobs,
+                    absl::Span<const int32_t> targets, int num_finite) {
   int top_n = -1;
   for (const SampleJob& job : jobs) top_n = std::max(top_n, job.logprobs);
-  const auto tokens_at = static_cast<size_t>(num_finite);
   const size_t num_jobs = jobs.size(), num_rows = jobs.size() + targets.size();
-  int32_t* const tokens = outputs_.as<int32_t>() + tokens_at;
-  SampleJobs(logits, jobs, tokens);
+  SampleJobs(logits, jobs, tokens());
   if (!targets.empty()) {
-    device_.Upload(tokens + num_jobs, targets.data(), targets.size() * sizeof(int32_t));
+    device_.Upload(tokens() + num_jobs, targets.data(), targets.size() * sizeof(int32_t));
   }
-  MeasureLogprobs(logits, tokens, num_jobs, targets.size(), top_n);
+  MeasureLogprobs(logits, tokens(), num_jobs, targets.size(), top_n);
 
-  // Only what was asked for travels.
-  const bool any_logprobs = top_n >= 0 || !targets.empty();
+  // Only what was asked for travels, and what lies between.
+  const bool has_logprobs = top_n >= 0 || !targets.empty();
   const size_t num_top = num_jobs * static_cast<size_t>(std::max(top_n, 0));
-  results_.resize(tokens_at + (any_logprobs ? 2 * num_rows + 2 * num_top : num_rows));
-  device_.Download(results_.data(), outputs_.data(), results_.size() * sizeof(int32_t));
+  const size_t num_values = has_logprobs ? 2 * num_rows + 2 * num_top : num_rows;
+  const int32_t* const begin = num_finite > 0 ? finite() : tokens();
+  const auto bytes = static_cast<size_t>(tokens() + num_values - begin) * sizeof(int32_t);
+  const size_t place = num_started_++ % 2;
+  readbacks_[place].Start(begin, bytes);
+  pending_[place] = {.num_finite = static_cast<size_t>(num_finite),
+                     .num_jobs = num_jobs,
+                     .num_rows = num_rows,
+                     .top_n = top_n,
+                     .has_logprobs = has_logprobs};
+}
+
+SampleResults Sampler::Take() {
+  const size_t place = num_taken_++ % 2;
+  const auto [num_finite, num_jobs, num_rows, top_n, has_logprobs] = pending_[place];
+  const auto* const values = static_cast<const int32_t*>(readbacks_[place].Wait());
+  const int32_t* const sampled = values + (num_finite > 0 ? max_step_rows_ : 0);
 
   SampleResults results;
-  results.finite = absl::MakeConstSpan(results_).subspan(0, tokens_at);
-  const absl::Span<const int32_t> sampled = absl::MakeConstSpan(results_).subspan(tokens_at);
-  results.tokens = sampled.subspan(0, num_jobs);
-  if (!any_logprobs) return results;
+  results.finite = {values, num_finite};
+  results.tokens = {sampled, num_jobs};
+  if (!has_logprobs) return results;
+  const size_t num_top = num_jobs * static_cast<size_t>(std::max(top_n, 0));
   logprobs_.resize(num_rows);
   top_logprobs_.resize(num_top);
-  std::memcpy(logprobs_.data(), &sampled[num_rows], num_rows * sizeof(float));
+  std::memcpy(logprobs_.data(), sampled + num_rows, num_rows * sizeof(float));
   results.logprobs = logprobs_;
   if (num_top == 0) return results;
-  std::memcpy(top_logprobs_.data(), &sampled[2 * num_rows + num_top], num_top * sizeof(float));
+  std::memcpy(top_logprobs_.data(), sampled + 2 * num_rows + num_top, num_top * sizeof(float));
   results.top_n = top_n;
-  results.top_tokens = sampled.subspan(2 * num_rows, num_top);
+  results.top_tokens = {sampled + 2 * num_rows, num_top};
   results.top_logprobs = top_logprobs_;
   return results;
 }

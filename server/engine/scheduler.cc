@@ -27,23 +27,38 @@ void AddLogitRows(int first_row, int count, StepPlan& plan) {
 void AddPart(Sequence& sequence, int num_rows, Step& step) {
   StepPlan& plan = step.plan;
   const int first_row = plan.num_rows();
-  StepPart part = {&sequence, first_row, num_rows, plan.num_logit_rows(), 0};
-  if (sequence.is_prefill()) {
-    const auto begin = sequence.params.prompt.begin() + sequence.consumed;
+  StepPart part = {.sequence = &sequence,
+                   .id = sequence.id,
+                   .start = sequence.planned,
+                   .counter = -1,
+                   .first_row = first_row,
+                   .num_rows = num_rows,
+                   .first_logit = plan.num_logit_rows(),
+                   .num_logits = 1};
+  bool samples = !sequence.is_score;
+  if (sequence.wants_prompt_rows()) {
+    const auto begin = sequence.params.prompt.begin() + sequence.planned;
     plan.tokens.insert(plan.tokens.end(), begin, begin + num_rows);
-    const bool is_end = sequence.consumed + num_rows == sequence.prompt_rows();
-    part.num_logits = sequence.is_score ? num_rows : is_end ? 1 : 0;
+    samples &= sequence.planned + num_rows == sequence.prompt_rows();
+    part.num_logits = sequence.is_score ? num_rows : samples ? 1 : 0;
     (sequence.is_score ? step.num_score_rows : step.num_prompt_rows) += num_rows;
   } else {
     plan.tokens.push_back(sequence.last_token);
-    part.num_logits = sequence.end.has_value() ? 0 : 1;
+    samples = !sequence.knows_last_token();
+    ++plan.num_decode;
   }
   AddLogitRows(first_row + num_rows - part.num_logits, part.num_logits, plan);
   if (!sequence.is_score) step.num_samples += part.num_logits;
+  step.has_sessions |= sequence.session != nullptr;
   plan.cu_seqlens.push_back(plan.num_rows());
   plan.read_slots.push_back(sequence.read_slot());
   plan.write_slots.push_back(sequence.slot.index());
-  plan.start_positions.push_back(sequence.position());
+  plan.start_positions.push_back(sequence.start_position + sequence.planned);
+  sequence.planned += num_rows;
+  if (samples) {
+    part.counter = sequence.num_asked++;
+    sequence.last_token = ~part.first_logit;
+  }
   step.parts.push_back(part);
 }
 
@@ -75,19 +90,24 @@ std::vector<Sequence*> Scheduler::All() const {
   return all;
 }
 
-Step Scheduler::Plan() const {
+bool Scheduler::waits_for_tokens() const {
+  return std::any_of(running_.begin(), running_.end(),
+                     [](const auto& sequence) { return sequence->waits_for_token(); });
+}
+
+Step Scheduler::Plan() {
   Step step;
   int num_scorings = 0;
   for (const auto& sequence : running_) {
     num_scorings += sequence->is_score;
-    if (!sequence->is_prefill()) AddPart(*sequence, 1, step);
+    if (sequence->wants_decode_row()) AddPart(*sequence, 1, step);
   }
   // A place among the logits is kept for every generation; scorings share the others.
   int64_t rows_left = options_.max_num_batched_tokens - step.plan.num_rows();
   int64_t score_rows_left = options_.max_logit_rows - (num_running() - num_scorings);
   std::vector<std::pair<Sequence*, int>> scorings;
   for (const auto& sequence : running_) {
-    if (!sequence->is_prefill()) continue;
+    if (!sequence->wants_prompt_rows()) continue;
     const int64_t budget = sequence->is_score ? std::min(rows_left, score_rows_left) : rows_left;
     const int rows = ChunkRows(*sequence, budget);
     if (rows == 0) continue;
@@ -104,7 +124,7 @@ Step Scheduler::Plan() const {
 }
 
 int Scheduler::ChunkRows(const Sequence& sequence, int64_t budget) const {
-  const int64_t left = sequence.prompt_rows() - sequence.consumed;
+  const int64_t left = sequence.prompt_rows() - sequence.planned;
   int64_t rows = std::min({left, budget, static_cast<int64_t>(options_.max_prefill_chunk)});
   if (options_.align_chunks) {
     // The model computes runs of one row in the recurrent form, so a last tile of one row must be

@@ -1,8 +1,9 @@
 // Who runs in the next step. Pure: no device, no clock.
 //
 // Every sequence that generates gets its one row each step; what is left of the budget goes to
-// prompts, oldest first. Nothing depends on a sequence's contents, and what a sequence is fed does
-// not depend on who else runs.
+// prompts, oldest first. A step can be planned while the one before it is queued: a token that is
+// not known yet goes by its place among that step's samples. Nothing depends on a sequence's
+// contents, and what a sequence is fed does not depend on who else runs.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,10 @@ struct SchedulerOptions {
 
 // The rows of one sequence in a step.
 struct StepPart {
-  Sequence* sequence;
+  Sequence* sequence;  // may be gone when the step's results come: then `id` is not known any more
+  RequestId id;
+  int64_t start;  // its tokens before these
+  int counter;    // the index of the token that is sampled; -1: none that anyone wants
   int first_row;  // among the plan's rows
   int num_rows;
   int first_logit;  // among the plan's logit rows
@@ -41,9 +45,12 @@ struct Step {
   int num_samples = 0;          // the first logit rows belong to generations, the rest to scorings
   int num_prompt_rows = 0;
   int num_score_rows = 0;
+  bool has_sessions = false;
 
-  // Rows without logits have to be judged by themselves: is what came out of them finite?
-  bool judges_rows() const { return plan.num_logit_rows() < plan.num_rows(); }
+  bool is_empty() const { return parts.empty(); }
+  // Rows have to be judged by themselves (is what came out of them finite?) where there are no
+  // logits, and where a row may turn out to be a session's last: its logits do not matter then.
+  bool judges_rows() const { return has_sessions || plan.num_logit_rows() < plan.num_rows(); }
 };
 
 class Scheduler {
@@ -58,8 +65,12 @@ class Scheduler {
   // Takes a sequence out, queued or running.
   std::unique_ptr<Sequence> Remove(const Sequence& sequence);
 
-  // REQUIRES: num_running() > 0. The step has at least one row.
-  Step Plan() const;
+  // The next step, which counts as queued from now on (Sequence::planned, num_asked). Empty when
+  // everyone waits for the step that is queued already.
+  // REQUIRES: at most one step is queued whose results are not known.
+  Step Plan();
+  // Whether a running sequence needs to know its last token before the next step.
+  bool waits_for_tokens() const;
 
   // Running sequences, oldest first, then waiting ones.
   std::vector<Sequence*> All() const;

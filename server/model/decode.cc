@@ -9,11 +9,11 @@
 
 namespace gla {
 
-void Model::Impl::ForwardDecode(const StepPlan& plan, char* states) {
+void Model::Impl::ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled) {
   const int rows = RoundedDecodeRows(plan.num_decode);
   step = &*decode_inputs;
   if (!options.record_decode) {
-    decode_inputs->Set(plan);
+    SetDecodeInputs(plan, sampled);
     return QueueDecode(rows, states);
   }
   if (states != recorded_states) {
@@ -28,8 +28,14 @@ void Model::Impl::ForwardDecode(const StepPlan& plan, char* states) {
     const auto work = [this, rows, states] { QueueDecode(rows, states); };
     recording = recordings.emplace(rows, Recording(device, work)).first;
   }
-  decode_inputs->Set(plan);
+  SetDecodeInputs(plan, sampled);
   recording->second.Replay();
+}
+
+void Model::Impl::SetDecodeInputs(const StepPlan& plan, const int32_t* sampled) {
+  decode_inputs->Set(plan);
+  const auto first = plan.tokens.begin();
+  ResolveSampled({first, first + plan.num_decode}, decode_inputs->tokens, sampled);
 }
 
 void Model::Impl::QueueDecode(int rows, char* states) {

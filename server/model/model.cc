@@ -165,7 +165,8 @@ absl::Status Model::Impl::Allocate() {
                                                    device.memory_free(), " bytes are free"));
 }
 
-const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* finite) {
+const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* finite,
+                                  const int32_t* sampled) {
   const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   if (rows > options.max_rows || plan.num_seqs() > options.max_seqs ||
       logit_rows > options.max_logit_rows) {
@@ -176,22 +177,32 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
     std::abort();
   }
   const int decode = decode_inputs.has_value() ? plan.num_decode : 0;
-  if (decode > 0) ForwardDecode(plan, states);
+  if (decode > 0) ForwardDecode(plan, states, sampled);
   if (decode == 0) {
-    ForwardRows(plan, states, finite, 0);
+    ForwardRows(plan, states, finite, 0, sampled);
   } else if (decode < plan.num_seqs()) {
-    ForwardRows(WithoutDecode(plan), states, finite == nullptr ? nullptr : finite + decode, decode);
+    ForwardRows(WithoutDecode(plan), states, finite == nullptr ? nullptr : finite + decode, decode,
+                sampled);
   }
   return static_cast<const float*>(logits.data);
 }
 
-void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite,
-                              int first_logit) {
+void Model::Impl::ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
+                                 const int32_t* sampled) {
+  if (std::none_of(tokens.begin(), tokens.end(), [](int32_t token) { return token < 0; })) return;
+  ResolveTokens(device, {.tokens = device_tokens,
+                         .sampled = sampled,
+                         .rows = static_cast<int>(tokens.size())});
+}
+
+void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
+                              const int32_t* sampled) {
   const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
   // The normalized form keeps a running key sum, which only the recurrent kernel has.
   const bool chunkwise =
       options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
   inputs->Set(plan, chunkwise, max_run_seqs());
+  ResolveSampled(plan.tokens, inputs->tokens, sampled);
   step = &*inputs;
   Layers(rows, states);
   if (finite != nullptr) {
@@ -263,8 +274,9 @@ int64_t Model::embedding_bytes() const {
   return static_cast<int64_t>(impl_->weights.embeddings.bytes());
 }
 
-const float* Model::Forward(const StepPlan& plan, void* states, int32_t* finite) {
-  return impl_->Forward(plan, static_cast<char*>(states), finite);
+const float* Model::Forward(const StepPlan& plan, void* states, int32_t* finite,
+                            const int32_t* sampled) {
+  return impl_->Forward(plan, static_cast<char*>(states), finite, sampled);
 }
 
 }  // namespace gla

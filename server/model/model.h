@@ -63,8 +63,11 @@ class Model {
   // not waited for. `finite` (device memory [T], or null) receives for each row 1 when what the
   // layers made of it is finite, else 0. A state with a value that is not finite makes every later
   // row of its sequence so: rows that are finite mean a sound state.
-  // REQUIRES: the plan is within the options' limits, tokens are in [0, vocab).
-  const float* Forward(const StepPlan& plan, void* states, int32_t* finite = nullptr);
+  // A token ~i of the plan stands for sampled[i] (device memory, read when the queue comes to it),
+  // or for token 0 where that is below 0.
+  // REQUIRES: the plan is within the options' limits, other tokens are in [0, vocab).
+  const float* Forward(const StepPlan& plan, void* states, int32_t* finite = nullptr,
+                       const int32_t* sampled = nullptr);
 
  private:
   struct Impl;

@@ -48,12 +48,18 @@ struct Model::Impl {
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
 
-  const float* Forward(const StepPlan& plan, char* states, int32_t* finite);
+  const float* Forward(const StepPlan& plan, char* states, int32_t* finite,
+                       const int32_t* sampled);
   // All rows of the plan by the kernels of kernels.h; logits from row `first_logit` on.
-  void ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit);
+  void ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
+                   const int32_t* sampled);
+  // Puts what was sampled in place of the tokens below 0.
+  void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
+                      const int32_t* sampled);
   void Layers(int rows, char* states);
   // The plan's decode rows, recorded; see decode.cc.
-  void ForwardDecode(const StepPlan& plan, char* states);
+  void ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled);
+  void SetDecodeInputs(const StepPlan& plan, const int32_t* sampled);
   void QueueDecode(int rows, char* states);
   void QueueFusedDecode(int rows, char* states);
   DecodeProductArgs FusedProduct(const PackedWeight& weight, Rows x, bool normed) const;

@@ -47,11 +47,11 @@ void StepInputs::Set(const StepPlan& plan, bool chunkwise, int max_run_seqs) {
     for (int t = cu[n]; t < cu[n + 1]; ++t) *next_position++ = plan.start_positions[n] + t - cu[n];
   }
   auto* const ints = reinterpret_cast<int32_t*>(staging_.data() + num_rows);
-  auto* const device_ints = reinterpret_cast<const int32_t*>(buffer_.as<int64_t>() + num_rows);
+  auto* const device_ints = reinterpret_cast<int32_t*>(buffer_.as<int64_t>() + num_rows);
   int32_t* next = ints;
   // Appends to the staging memory; returns where the values will be on the device.
   const auto add = [&](const int32_t* values, size_t count) {
-    const int32_t* const there = device_ints + (next - ints);
+    int32_t* const there = device_ints + (next - ints);
     next = std::copy_n(values, count, next);
     return there;
   };

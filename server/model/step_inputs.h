@@ -19,7 +19,7 @@ struct Run {
 
 // Where the kernels of a step find its rows and sequences.
 struct StepView {
-  const int32_t* tokens = nullptr;      // [T]
+  int32_t* tokens = nullptr;            // [T]
   const int64_t* positions = nullptr;   // [T] of each row in its session
   const int32_t* logit_rows = nullptr;  // [R]
   Sequences seqs;                       // all of the step

@@ -219,6 +219,40 @@ TEST_F(StateGuardTest, ARowWithLogits) {
                    absl::StrCat("non-finite logits at step 0 (token position ", before_ + 1, ")"));
 }
 
+// A stop that is learnt while the step after it runs: the same, judged from that step.
+TEST_F(NumericGuardTest, LeavesASessionThatStopsWithSoundState) {
+  ASSERT_TRUE(engine_.Create("s").ok());
+  GenerateParams params = Greedy(Tokens(5), 20, "s");
+  params.sampling.logit_bias = {{kTrigger, 100.0f}};
+  params.stop_token_ids = {kTrigger};
+  const Outcome outcome = engine_.Run(params);
+  EXPECT_EQ(outcome.finish.reason, FinishReason::kStop);
+  EXPECT_EQ(outcome.finish.session_position, 6);
+  EXPECT_TRUE(engine_.Run(Greedy({50, 60}, 3, "s")).finish.status.ok());
+  EXPECT_EQ(trips(), 0);
+}
+
+TEST_F(StateGuardTest, TheTokenByWhichASessionStops) {
+  GenerateParams params = Greedy({10, 20}, 20, "s");
+  params.sampling.logit_bias = {{kTrigger, 100.0f}};
+  params.stop_token_ids = {kTrigger};
+  const Outcome outcome = engine_.Run(params);
+  EXPECT_EQ(outcome.tokens, std::vector<int32_t>{kTrigger});
+  ExpectRolledBack(outcome, absl::StrCat("non-finite activations at token position ", before_ + 2));
+}
+
+TEST_F(StateGuardTest, ATokenThatRunsWhenTheRequestIsCancelled) {
+  RecordingSink sink;
+  RequestId id = 0;
+  sink.on_token = [&](int) { engine_->Cancel(id); };
+  GenerateParams params = Greedy({10, 20}, 20, "s");
+  params.sampling.logit_bias = {{kTrigger, 100.0f}};
+  engine_.SubmitKnown(params, sink, id);
+  const Outcome outcome = sink.Get();
+  EXPECT_EQ(outcome.finishes, 1);
+  ExpectRolledBack(outcome, absl::StrCat("non-finite activations at token position ", before_ + 2));
+}
+
 TEST(StateGuard, ChunkwiseToo) {
   EngineSetup setup = Overflowing<Overflow::kState>();
   setup.prefill_form = PrefillForm::kChunkwise;

@@ -437,9 +437,9 @@ TEST(EngineCancel, InMidStreamTakesEffectWithinAStep) {
   EXPECT_EQ(outcome.finish.status.code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(outcome.finish.reason, FinishReason::kCancelled);
   EXPECT_EQ(outcome.tokens.size(), 5u);
-  // The fifth token was made but not run.
-  EXPECT_EQ(outcome.finish.session_position, 8);
-  ExpectSessionHolds(engine, Joined(Tokens(4), {outcome.tokens.begin(), outcome.tokens.end() - 1}));
+  // The fifth token was being run already, and what came out of that is nobody's.
+  EXPECT_EQ(outcome.finish.session_position, 9);
+  ExpectSessionHolds(engine, Joined(Tokens(4), outcome.tokens));
   EXPECT_EQ(engine.finished("cancelled"), 1);
 }
 
@@ -454,10 +454,11 @@ TEST(EngineCancel, InThePromptKeepsWhatWasRun) {
   engine.SubmitKnown(Greedy(Tokens(1000), 5, "s"), sink, id);
   const Outcome outcome = sink.Get();
   EXPECT_EQ(outcome.finish.reason, FinishReason::kCancelled);
-  EXPECT_EQ(outcome.finish.tokens_prefilled, 64);
-  EXPECT_EQ(outcome.finish.session_position, 64);
+  EXPECT_EQ(outcome.finish.tokens_prefilled, 96);  // one chunk was on its way
+  EXPECT_EQ(outcome.finish.session_position, 96);
+  EXPECT_THAT(outcome.prefill, ElementsAre(32, 64));
   const std::vector<int32_t> text = Tokens(1000);
-  ExpectSessionHolds(engine, {text.begin(), text.begin() + 64});
+  ExpectSessionHolds(engine, {text.begin(), text.begin() + 96});
 }
 
 TEST(EngineCancel, InTheQueueLeavesTheSessionAsItWas) {
@@ -550,9 +551,9 @@ TEST(EngineDeadline, InThePromptAndWhileGenerating) {
   ASSERT_TRUE(engine->Submit(params, &in_prompt).ok());
   Outcome outcome = in_prompt.Get();
   EXPECT_EQ(outcome.finish.reason, FinishReason::kDeadline);
-  EXPECT_EQ(outcome.finish.session_position, 32);
-  EXPECT_THAT(Message(outcome), HasSubstr("32 of 100 prompt tokens"));
-  EXPECT_EQ(engine.prompt_tokens(), 32);
+  EXPECT_EQ(outcome.finish.session_position, 64);  // one chunk was on its way
+  EXPECT_THAT(Message(outcome), HasSubstr("64 of 100 prompt tokens"));
+  EXPECT_EQ(engine.prompt_tokens(), 64);
 
   params.session_id = "";
   params.deadline = absl::Now() + absl::Hours(1);

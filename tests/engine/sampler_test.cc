@@ -153,6 +153,40 @@ TEST_F(SamplerTest, WhatTheModelSaidOfItsRowsTravelsAlong) {
   EXPECT_THAT(sampler->Run(logits(0), {}, {}, 5).finite, ElementsAreArray(finite));
 }
 
+TEST_F(SamplerTest, TwoResultsMayBeUnderWay) {
+  const auto sampler = Make(4);
+  std::vector<SampleJob> jobs(3);
+  jobs[2].logprobs = 2;
+  const auto tokens_of = [](absl::Span<const int32_t> tokens) {
+    return std::vector<int32_t>(tokens.begin(), tokens.end());
+  };
+  const auto with_logprobs = tokens_of(sampler->Run(logits(0), jobs, {5}).tokens);
+  const float target = sampler->Run(logits(0), jobs, {5}).logprobs[3];
+  jobs.resize(2);
+  const auto without = tokens_of(sampler->Run(logits(4), jobs, {}).tokens);
+
+  const std::vector<int32_t> finite = {1, 0, 1};
+  const std::vector<SampleJob> three(3, SampleJob{.row = {}, .adjustments = {}, .logprobs = 2});
+  for (int round = 0; round < 3; ++round) {
+    device_->Upload(sampler->finite(), finite.data(), finite.size() * sizeof(int32_t));
+    sampler->Start(logits(0), three, {5}, 3);
+    sampler->Start(logits(4), jobs, {});
+    // In device memory are the last one's tokens.
+    std::vector<int32_t> sampled(2);
+    device_->Download(sampled.data(), sampler->sampled(), sampled.size() * sizeof(int32_t));
+    EXPECT_EQ(sampled, without);
+    const SampleResults first = sampler->Take();
+    EXPECT_THAT(first.finite, ElementsAreArray(finite));
+    EXPECT_THAT(first.tokens, ElementsAreArray(with_logprobs));
+    EXPECT_EQ(first.logprobs[3], target);
+    EXPECT_THAT(first.LogprobOf(2, 2).top, SizeIs(2));
+    const SampleResults second = sampler->Take();
+    EXPECT_THAT(second.finite, IsEmpty());
+    EXPECT_THAT(second.tokens, ElementsAreArray(without));
+    EXPECT_THAT(second.logprobs, IsEmpty());
+  }
+}
+
 TEST_F(SamplerTest, MoreAdjustmentsThanFitIntoOneCallChangeNothing) {
   const auto sampler = Make(kRows);
   SamplingParams params;

@@ -29,14 +29,14 @@ class SchedulerTest : public ::testing::Test {
     while (scheduler.AdmitNext() != nullptr) ++count;
     return count;
   }
-  // As the engine does after a step, all tokens being 7.
+  // As the engine does with a step's results, all tokens being 7.
   static void Apply(const Step& step) {
     for (const StepPart& part : step.parts) {
-      part.sequence->consumed += part.num_rows;
-      if (part.num_logits > 0 && !part.sequence->is_score) {
-        part.sequence->last_token = 7;
-        ++part.sequence->num_generated;
-      }
+      Sequence& sequence = *part.sequence;
+      sequence.consumed += part.num_rows;
+      if (part.counter < 0) continue;
+      EXPECT_EQ(part.counter, sequence.num_generated);
+      if (++sequence.num_generated == sequence.num_asked) sequence.last_token = 7;
     }
   }
   static std::vector<int> RowsOf(const Step& step) {
@@ -113,16 +113,116 @@ TEST_F(SchedulerTest, PromptsGetOnWhileAllOthersGenerate) {
   EXPECT_EQ(prompt->num_generated, 1);
 }
 
-TEST_F(SchedulerTest, TheLastTokenOfASessionTurnRunsWithoutLogits) {
+TEST_F(SchedulerTest, TheLastTokenOfASessionTurnRunsAndSamplesNothing) {
   Scheduler scheduler({});
+  Session session;
   Sequence* sequence = Add(scheduler, 2);
+  sequence->session = &session;
   AdmitAll(scheduler);
   Apply(scheduler.Plan());
-  sequence->end = FinishReason::kLength;
+  sequence->end = FinishReason::kStop;
   const Step step = scheduler.Plan();
   EXPECT_THAT(step.plan.tokens, ElementsAre(7));
-  EXPECT_TRUE(step.plan.logit_rows.empty());
-  EXPECT_EQ(step.num_samples, 0);
+  EXPECT_THAT(step.plan.logit_rows, ElementsAre(0));  // as every row that generates
+  EXPECT_EQ(step.plan.num_decode, 1);
+  EXPECT_EQ(step.parts[0].counter, -1);
+  EXPECT_TRUE(step.judges_rows());
+  EXPECT_TRUE(scheduler.Plan().is_empty());
+}
+
+TEST_F(SchedulerTest, PlansAheadOfTheTokens) {
+  Scheduler scheduler({.max_prefill_chunk = 6});
+  Sequence* first = Add(scheduler, 1);
+  AdmitAll(scheduler);
+  const Step prompt = scheduler.Plan();
+  Sequence* second = Add(scheduler, 8);
+  second->start_position = 20;
+  AdmitAll(scheduler);
+  // One step after another is planned before the one before it is applied.
+  const Step beside = scheduler.Plan();
+  Apply(prompt);
+  EXPECT_EQ(beside.plan.tokens[0], ~0);
+  EXPECT_EQ(beside.plan.num_decode, 1);
+  EXPECT_EQ(beside.parts[0].counter, 1);
+  EXPECT_THAT(RowsOf(beside), ElementsAre(1, 6));
+  EXPECT_THAT(beside.plan.logit_rows, ElementsAre(0));
+  const Step end = scheduler.Plan();
+  Apply(beside);
+  EXPECT_THAT(end.plan.tokens, ElementsAre(~0, 206, 207));
+  EXPECT_THAT(end.plan.start_positions, ElementsAre(2, 26));
+  EXPECT_THAT(end.plan.logit_rows, ElementsAre(0, 2));
+  EXPECT_EQ(end.parts[1].start, 6);
+  const Step both = scheduler.Plan();
+  EXPECT_THAT(both.plan.tokens, ElementsAre(~0, ~1));
+  EXPECT_EQ(both.plan.num_decode, 2);
+  EXPECT_THAT(both.plan.start_positions, ElementsAre(3, 28));
+  // The first one ends: then the other one's sample is the second one still.
+  Apply(end);
+  EXPECT_NE(scheduler.Remove(*first), nullptr);
+  const Step alone = scheduler.Plan();
+  EXPECT_THAT(alone.plan.tokens, ElementsAre(~1));
+  EXPECT_EQ(alone.parts[0].sequence, second);
+  EXPECT_EQ(alone.parts[0].counter, 2);
+}
+
+TEST_F(SchedulerTest, RunsNothingBeyondTheLastTokenThatIsWanted) {
+  for (const bool on_session : {false, true}) {
+    Scheduler scheduler({});
+    Session session;
+    Sequence* sequence = Add(scheduler, 2);
+    if (on_session) sequence->session = &session;
+    sequence->params.max_new_tokens = 2;
+    AdmitAll(scheduler);
+    const Step first = scheduler.Plan(), second = scheduler.Plan(), third = scheduler.Plan();
+    EXPECT_EQ(first.parts[0].counter, 0);
+    EXPECT_EQ(second.parts[0].counter, 1);
+    EXPECT_EQ(third.is_empty(), !on_session);
+    if (on_session) {
+      EXPECT_THAT(third.plan.tokens, ElementsAre(~0));
+      EXPECT_EQ(third.parts[0].counter, -1);
+      EXPECT_TRUE(scheduler.Plan().is_empty());
+    }
+  }
+}
+
+TEST_F(SchedulerTest, AnEndThatIsLearntLateNeedsNoFurtherRow) {
+  Scheduler scheduler({});
+  Session session;
+  Sequence* sequence = Add(scheduler, 2);
+  sequence->session = &session;
+  AdmitAll(scheduler);
+  const Step step = scheduler.Plan(), ahead = scheduler.Plan();
+  Apply(step);
+  sequence->end = FinishReason::kEos;
+  EXPECT_TRUE(scheduler.Plan().is_empty());
+  EXPECT_TRUE(sequence->is_in_flight());
+}
+
+TEST_F(SchedulerTest, APenaltyWaitsForTheTokens) {
+  Scheduler scheduler({});
+  GenerateParams params;
+  params.prompt = {5, 6};
+  params.sampling.repetition_penalty = 1.2f;
+  params.max_new_tokens = 2;
+  scheduler.Enqueue(std::make_unique<Sequence>(std::move(params), false, tokenizer_, nullptr));
+  AdmitAll(scheduler);
+  EXPECT_FALSE(scheduler.waits_for_tokens());
+  const Step first = scheduler.Plan();
+  EXPECT_TRUE(scheduler.waits_for_tokens());
+  Apply(first);
+  EXPECT_FALSE(scheduler.waits_for_tokens());
+  const Step last = scheduler.Plan();
+  EXPECT_FALSE(scheduler.waits_for_tokens());  // nothing more is sampled
+}
+
+TEST_F(SchedulerTest, OneThatIsAbortedGetsNoRows) {
+  Scheduler scheduler({.max_prefill_chunk = 6});
+  Add(scheduler, 1)->aborted = FinishReason::kCancelled;
+  Sequence* prompt = Add(scheduler, 20);
+  AdmitAll(scheduler);
+  EXPECT_THAT(RowsOf(scheduler.Plan()), ElementsAre(6));
+  prompt->aborted = FinishReason::kDeadline;
+  EXPECT_TRUE(scheduler.Plan().is_empty());
 }
 
 TEST_F(SchedulerTest, ScoringWantsAllRowsButNeverThePlacesOfGenerations) {

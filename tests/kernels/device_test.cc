@@ -65,6 +65,35 @@ TEST(Device, AnUploadsSourceIsFreeOnReturn) {
   EXPECT_EQ(Download<int32_t>(buffer, 4096), std::vector<int32_t>(4096, 7));
 }
 
+TEST(Readback, GivesTheBytesOfItsPlaceInTheQueue) {
+  const std::vector<float> first = Normal(1000, 1, 3), second = Normal(1000, 1, 4);
+  DeviceBuffer buffer = Upload(first);
+  Readback early(TestDevice(), buffer.bytes()), late(TestDevice(), buffer.bytes());
+  ASSERT_TRUE(early.ok());
+  const auto floats = [](Readback& readback, size_t count) {
+    const auto* begin = static_cast<const float*>(readback.Wait());
+    return std::vector<float>(begin, begin + count);
+  };
+  early.Start(buffer.data(), buffer.bytes());
+  TestDevice().Upload(buffer.data(), second.data(), buffer.bytes());
+  late.Start(buffer.data(), 500 * sizeof(float));
+  TestDevice().Fill(buffer.data(), 0, buffer.bytes());
+  EXPECT_TRUE(IsSameBits(floats(early, 1000), first));
+  EXPECT_TRUE(IsSameBits(floats(late, 500), {second.begin(), second.begin() + 500}));
+  EXPECT_TRUE(IsSameBits(floats(early, 1000), first));  // again
+  early.Start(buffer.data(), sizeof(float));
+  EXPECT_EQ(floats(early, 1)[0], 0.0f);
+  late.Start(nullptr, 0);
+  late.Wait();
+}
+
+TEST(Readback, MayEndWithACopyUnderWay) {
+  DeviceBuffer buffer = Poisoned(1 << 20, DType::kFloat32);
+  Readback readback(TestDevice(), buffer.bytes());
+  readback.Wait();
+  readback.Start(buffer.data(), buffer.bytes());
+}
+
 TEST(DeviceBuffer, MovesItsClaim) {
   DeviceBuffer a(TestDevice(), 64);
   void* memory = a.data();

@@ -406,6 +406,21 @@ TEST(Rows, NoRowsIsNoWork) {
   device.Synchronize();
 }
 
+TEST(ResolveTokens, ReplacesOnlyWhatIsBelowZero) {
+  const std::vector<int32_t> sampled = {11, -1, 13, 0};
+  const DeviceBuffer dsampled = Upload(sampled);
+  std::vector<int32_t> tokens = {~2, 5, ~1, 0, ~0, ~3, ~2}, want = {13, 5, 0, 0, 11, 0, 13};
+  for (int i = 0; i < 600; ++i) {
+    tokens.push_back(i % 3 == 0 ? ~0 : i);
+    want.push_back(i % 3 == 0 ? 11 : i);
+  }
+  const DeviceBuffer dtokens = Upload(tokens);
+  ResolveTokens(TestDevice(), {.tokens = dtokens.as<int32_t>(),
+                               .sampled = dsampled.as<int32_t>(),
+                               .rows = static_cast<int>(tokens.size())});
+  EXPECT_EQ(Download<int32_t>(dtokens, want.size()), want);
+}
+
 TEST(Rows, NaNAndInfinityAreNotHidden) {
   const std::vector<float> x = {std::nanf(""), kInf, 1, 1};
   DeviceBuffer dx = Upload(x), dy = Poisoned(4, DType::kFloat32),

@@ -187,6 +187,24 @@ TEST_P(EveryForm, ASequenceIsTheSameAloneAndInAnyBatch) {
   }
 }
 
+TEST_P(EveryForm, ATokenMayStandWhereTheLastStepSampledIt) {
+  Feeder feeder = MakeFeeder(4);
+  StepPlan plan;
+  plan.tokens = {9, 0, 30, 5, 6, 7};
+  plan.cu_seqlens = {0, 1, 2, 3, 6};
+  plan.read_slots = {-1, -1, -1, -1};
+  plan.write_slots = {0, 1, 2, 3};
+  plan.start_positions = {0, 0, 0, 0};
+  plan.logit_rows = {0, 1, 2, 5};
+  plan.num_decode = 3;
+  const std::vector<float> want = feeder.Run(plan);
+  plan.tokens = {~2, ~1, 30, 5, 6, 7};
+  const std::vector<int32_t> sampled = {77, -1, 9};
+  const DeviceBuffer there(*device_, sampled.size() * sizeof(int32_t));
+  device_->Upload(there.data(), sampled.data(), there.bytes());
+  EXPECT_TRUE(SameBits(feeder.Run(plan, there.as<int32_t>()), want));
+}
+
 TEST_P(EveryForm, AnAbsentReadSlotIsTheZeroState) {
   Feeder feeder = MakeFeeder(2);
   device_->Fill(feeder.states(), 0, 2 * model_->state_bytes());

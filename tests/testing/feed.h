@@ -50,8 +50,8 @@ class Feeder {
     return Run(plan);
   }
 
-  std::vector<float> Run(const StepPlan& plan) {
-    const float* logits = model_->Forward(plan, states_.data());
+  std::vector<float> Run(const StepPlan& plan, const int32_t* sampled = nullptr) {
+    const float* logits = model_->Forward(plan, states_.data(), nullptr, sampled);
     std::vector<float> host(plan.logit_rows.size() * model_->config().vocab_size);
     device_->Download(host.data(), logits, host.size() * sizeof(float));
     return host;
