@@ -67,9 +67,11 @@ void LaunchFewRows(Device& device, const ProductParams& p) {
       .packed = packed,
       .weight_bytes = (packed ? chunks * most_tiles : kSlices * kFewRing) * kFewChunkBytes,
       .row_bytes = rows_shared ? chunks * kTiles * 8 * kTileRowBytes : 0};
-  const LaunchShape launch = {.blocks = GridOf(int64_t{blocks} * CeilDiv(p.rows, kTiles * 8)),
-                              .threads = kFewThreads,
-                              .shared_bytes = static_cast<size_t>(shape.SharedBytes(kTiles))};
+  const LaunchShape launch = {
+      .blocks = GridOf(int64_t{blocks} * CeilDiv(p.rows, kTiles * 8)),
+      .threads = kFewThreads,
+      .shared_bytes = static_cast<size_t>(shape.SharedBytes(kTiles, rows_shared)),
+      .most_shared = true};
   if (rows_shared) {
     LaunchOverlapped(device, FewRowsKernel<kTiles, true>, launch, p, shape);
   } else {
@@ -89,12 +91,18 @@ void LaunchTile(Device& device, const ProductParams& p, int cluster) {
   const int tiles_rows = CeilDiv(p.rows, kRows);
   const int64_t tiles = int64_t{CeilDiv(p.out, kGroups * 64)} * tiles_rows;
   using Shape = TileShape<kGroups, kRows>;
-  LaunchOverlapped(device, TileKernel<kGroups, kRows>,
-                   {.blocks = GridOf(tiles * cluster),
-                    .threads = Shape::kThreads,
-                    .shared_bytes = static_cast<size_t>(Shape::SharedBytes(cluster)),
-                    .cluster = static_cast<unsigned>(cluster)},
-                   p, weights, rows, cluster, tiles_rows);
+  const LaunchShape launch = {.blocks = GridOf(tiles * cluster),
+                              .threads = Shape::kThreads,
+                              .shared_bytes = static_cast<size_t>(Shape::SharedBytes(cluster)),
+                              .cluster = static_cast<unsigned>(cluster),
+                              .most_shared = true};
+  if (cluster == 1) {
+    LaunchOverlapped(device, TileKernel<kGroups, kRows, false>, launch, p, weights, rows, cluster,
+                     tiles_rows);
+  } else {
+    LaunchOverlapped(device, TileKernel<kGroups, kRows, true>, launch, p, weights, rows, cluster,
+                     tiles_rows);
+  }
 }
 
 // f.template operator()<kGroups, kRows>()
@@ -144,7 +152,8 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedKernel(const DecodeEmbedAr
 void DecodeEmbed(Device& device, const DecodeEmbedArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(a.dim % 16 == 0, "whole groups of 16 columns");
-  LaunchOverlapped(device, EmbedKernel, {.blocks = GridOf(a.rows), .threads = kEmbedThreads}, a);
+  LaunchOverlapped(device, EmbedKernel,
+                   {.blocks = GridOf(a.rows), .threads = kEmbedThreads, .most_shared = true}, a);
 }
 
 bool ServesDecodeProduct(const DecodeProductArgs& a) {
@@ -165,16 +174,23 @@ bool CanRun(const ProductPlan& plan) {
   });
 }
 
+// By measurements of the products of GLA-340M and GLA-1.3B on an H100.
 ProductPlan PlanProduct(int rows, int out, int in) {
-  if (rows <= 16) return {16, rows <= 8 ? 8 : 16, 1};
-  // Tiles as large as leave most multiprocessors one.
   const auto tiles = [&](int tile_out, int tile_rows) {
     return int64_t{CeilDiv(out, tile_out)} * CeilDiv(rows, tile_rows);
   };
-  if (rows > 64 && tiles(128, 128) >= 100) return {128, 128, 1};
-  if (rows > 32 && tiles(64, 64) >= 80) return {64, 64, 1};
-  const int64_t small = tiles(64, 32);
-  return {64, 32, small >= 64 ? 1 : small >= 32 ? 2 : 4};
+  if (rows <= 8) return {16, 8, 1};
+  if (rows <= 16 && in <= 4096) return {16, 16, 1};
+  if (rows <= 64) {
+    if (in <= 1024 && out <= 1024) return {16, 16, 1};
+    if (out >= 3072) return {64, rows <= 32 ? 16 : 32, 1};
+    if (rows <= 32) return {64, rows <= 16 ? 16 : 32, 8};
+    return in <= 2048 ? ProductPlan{64, 32, 2} : ProductPlan{128, 64, out <= 1024 ? 8 : 4};
+  }
+  if (tiles(128, 128) >= 88) return {128, 128, 1};
+  if (tiles(128, 64) >= 64) return {128, 64, 1};
+  if (in <= 1024) return {64, 32, 1};
+  return {64, tiles(64, 64) >= 64 ? 64 : 32, 2};
 }
 
 void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {

@@ -34,6 +34,12 @@ struct ProductParams {
   int rows, in, out;
 };
 
+// The kernel behind a product that ends in x for another product is that product, which reads only
+// weights before it waits: it may begin while even the kernel ahead of this one still runs.
+__device__ inline bool NextIsProduct(const ProductParams& p) {
+  return p.epilogue != DecodeEpilogue::kStore;
+}
+
 // Slice s is the pieces of 64 columns [SliceStart(s), SliceStart(s + 1)).
 __device__ inline int SliceStart(int in, int slice) { return CeilDiv(in, 64) * slice / kSlices; }
 
@@ -76,6 +82,7 @@ struct RowFactor {
     for (int i = 0; i < kAtOnce; ++i) sum += squares[i].x + squares[i].y;
     const int pairs = row < p.rows ? p.in / 32 : 0;
     const float2* const from = reinterpret_cast<const float2*>(p.squares) + int64_t{row} * pairs;
+#pragma unroll 1
     for (int i = threadIdx.x % 8 + kAtOnce * 8; i < pairs; i += 8) {
       const float2 more = __ldcg(from + i);
       sum += more.x + more.y;
@@ -85,66 +92,61 @@ struct RowFactor {
   }
 };
 
-// Ends a patch of 8 rows by 16 outputs, by a warp: lane i has the outputs 4 (i / 8) + [0, 4) of row
-// `row` = the patch's first + i % 8. With kSwiGlu the 16 are 8 gates and their 8 ups.
-struct PatchEnd {
-  float4 residual;
+// A patch is 8 rows by 16 outputs and ends in a warp: lane i has the outputs 4 (i / 8) + [0, 4) of
+// row `row` = the patch's first + i % 8. With kSwiGlu the 16 are 8 gates and their 8 ups.
 
-  // What can be read before the sums are there.
-  __device__ void Load(const ProductParams& p, int row, int out) {
-    if (p.epilogue != DecodeEpilogue::kResidual || row >= p.rows || out >= p.out) return;
-    const int column = out + threadIdx.x % 32 / 8 * 4;
-    residual = LoadFresh(p.residual + int64_t{row} * p.out + column);
-  }
-  static __device__ float4 LoadNorm(const ProductParams& p, int out) {
-    if (p.epilogue != DecodeEpilogue::kResidual || out >= p.out) return {};
-    return LoadFour(p.next_norm + out + threadIdx.x % 32 / 8 * 4);
-  }
-
-  __device__ void Finish(const ProductParams& p, int row, int out, float4 norm, float4 sum,
-                         float factor) const {
-    const int quarter = threadIdx.x % 32 / 8;
-    const int column = out + quarter * 4;
-    const bool valid = row < p.rows && out < p.out;
-    sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
-    if (p.epilogue == DecodeEpilogue::kStore) {
-      const int64_t at = row * p.y_stride + column;
-      if (valid && column + 4 <= p.out && p.y_stride % 4 == 0) {
-        if (p.y_is_float) {
-          StoreFour(static_cast<float*>(p.y) + at, sum);
-        } else {
-          StoreFour(static_cast<bf16*>(p.y) + at, sum);
-        }
-      } else if (valid) {
-        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+// What can be read before the sums are there.
+__device__ inline float4 PatchResidual(const ProductParams& p, int row, int out) {
+  if (p.epilogue != DecodeEpilogue::kResidual || row >= p.rows || out >= p.out) return {};
+  return LoadFresh(p.residual + int64_t{row} * p.out + out + threadIdx.x % 32 / 8 * 4);
+}
+__device__ inline float4 PatchNorm(const ProductParams& p, int out) {
+  if (p.epilogue != DecodeEpilogue::kResidual || out >= p.out) return {};
+  return LoadFour(p.next_norm + out + threadIdx.x % 32 / 8 * 4);
+}
+__device__ inline void EndPatch(const ProductParams& p, int row, int out, float4 residual,
+                                float4 norm, float4 sum, float factor) {
+  const int quarter = threadIdx.x % 32 / 8;
+  const int column = out + quarter * 4;
+  const bool valid = row < p.rows && out < p.out;
+  sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+  if (p.epilogue == DecodeEpilogue::kStore) {
+    const int64_t at = row * p.y_stride + column;
+    if (valid && column + 4 <= p.out && p.y_stride % 4 == 0) {
+      if (p.y_is_float) {
+        StoreFour(static_cast<float*>(p.y) + at, sum);
+      } else {
+        StoreFour(static_cast<bf16*>(p.y) + at, sum);
+      }
+    } else if (valid) {
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (column + i >= p.out) continue;
-          if (p.y_is_float) {
-            static_cast<float*>(p.y)[at + i] = values[i];
-          } else {
-            static_cast<bf16*>(p.y)[at + i] = FromFloat<bf16>(values[i]);
-          }
+      for (int i = 0; i < 4; ++i) {
+        if (column + i >= p.out) continue;
+        if (p.y_is_float) {
+          static_cast<float*>(p.y)[at + i] = values[i];
+        } else {
+          static_cast<bf16*>(p.y)[at + i] = FromFloat<bf16>(values[i]);
         }
       }
-    } else if (p.epilogue == DecodeEpilogue::kSwiGlu) {
-      const auto up = [](float x) { return __shfl_down_sync(0xFFFFFFFFu, x, 16); };
-      const float4 u = {up(sum.x), up(sum.y), up(sum.z), up(sum.w)};
-      if (valid && quarter < 2) {
-        StoreFour(static_cast<bf16*>(p.y) + row * p.y_stride + out / 2 + quarter * 4,
-                  {Silu(sum.x) * u.x, Silu(sum.y) * u.y, Silu(sum.z) * u.z, Silu(sum.w) * u.w});
-      }
-    } else {
-      const float4 r = {residual.x + sum.x, residual.y + sum.y, residual.z + sum.z,
-                        residual.w + sum.w};
-      const float squares = SumOfSixteen<16, 8>({r.x * r.x, r.y * r.y, r.z * r.z, r.w * r.w});
-      if (!valid) return;
-      const int64_t at = int64_t{row} * p.out + column;
-      StoreFour(p.residual + at, r);
-      StoreFour(p.next_x + at, {r.x * norm.x, r.y * norm.y, r.z * norm.z, r.w * norm.w});
-      if (quarter == 0) p.next_squares[at / 16] = squares;
     }
+  } else if (p.epilogue == DecodeEpilogue::kSwiGlu) {
+    const auto up = [](float x) { return __shfl_down_sync(0xFFFFFFFFu, x, 16); };
+    const float4 u = {up(sum.x), up(sum.y), up(sum.z), up(sum.w)};
+    if (valid && quarter < 2) {
+      StoreFour(static_cast<bf16*>(p.y) + row * p.y_stride + out / 2 + quarter * 4,
+                {Silu(sum.x) * u.x, Silu(sum.y) * u.y, Silu(sum.z) * u.z, Silu(sum.w) * u.w});
+    }
+  } else {
+    const float4 r = {residual.x + sum.x, residual.y + sum.y, residual.z + sum.z,
+                      residual.w + sum.w};
+    const float squares = SumOfSixteen<16, 8>({r.x * r.x, r.y * r.y, r.z * r.z, r.w * r.w});
+    if (!valid) return;
+    const int64_t at = int64_t{row} * p.out + column;
+    StoreFour(p.residual + at, r);
+    StoreFour(p.next_x + at, {r.x * norm.x, r.y * norm.y, r.z * norm.z, r.w * norm.w});
+    if (quarter == 0) p.next_squares[at / 16] = squares;
   }
-};
+}
 
 }  // namespace gla

@@ -26,7 +26,8 @@ struct FewShape {
   bool packed;                        // the rings hold all that a block has
   int weight_bytes, row_bytes;
 
-  __host__ __device__ int SharedBytes(int tiles_rows) const {
+  int SharedBytes(int tiles_rows, bool rows_shared) const {
+    if (!rows_shared) return weight_bytes + tiles_rows * kSlices * 8 * kTileRowBytes;
     const int batch = most_tiles < kFewBatch ? most_tiles : kFewBatch;
     return weight_bytes + row_bytes + batch * tiles_rows * kSlices * 8 * kFewPitch * 4;
   }
@@ -42,8 +43,9 @@ __device__ inline uint2 FewFragment(const char* chunk, int row, int step, int t)
   return *reinterpret_cast<const uint2*>(chunk + at);
 }
 
-// kTiles: of eight rows. kRowsShared: the rows pass through shared memory too; else they come
-// straight to registers, which leaves room for another kernel's weights when rows are long.
+// kTiles: of eight rows. kRowsShared: the rows are kept in shared memory too; else in registers,
+// and a chunk at a time passes through what the warp's sums use later: that leaves room for another
+// kernel's weights when rows are long.
 template <int kTiles, bool kRowsShared>
 __global__ void __launch_bounds__(kFewThreads, 2)
     FewRowsKernel(const __grid_constant__ ProductParams p, const FewShape shape) {
@@ -83,6 +85,7 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     }
     CommitCopies();
   };
+  if (NextIsProduct(p)) AllowNext();
 #pragma unroll 1
   for (int i = 0; i < kFewRing; ++i) copy_next();
 
@@ -90,6 +93,7 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   AllowNext();
 
   if (kRowsShared) {
+#pragma unroll 1
     for (int c = 0; c < chunks; ++c) {
 #pragma unroll
       for (int i = 0; i < kTiles * 2; ++i) {
@@ -102,21 +106,23 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     }
     CommitCopies();
   }
-  // From registers: the four products of a chunk, so many chunks ahead.
-  constexpr int kAhead = kRowsShared ? 1 : kTiles == 1 ? 6 : 3;
-  uint2 xs[kAhead][4][kTiles];
-  const auto load_rows = [&](uint2(&to)[4][kTiles], int chunk) {
+  constexpr int kAhead = kTiles == 1 ? 6 : 3;  // chunks in registers
+  uint4 held[kAhead][kTiles * 2];
+  const auto load_rows = [&](int chunk) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int row = row0 + j * 8 + g, column = (chunk0 + chunk) * 64 + t * 4;
-      const bf16* const from = p.x + row * p.x_stride + column;
+    for (int u = 0; u < kAhead; ++u) {
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const bool valid = row < p.rows && column + s * 16 < p.in;
-        to[s][j] = valid ? __ldcg(reinterpret_cast<const uint2*>(from + s * 16)) : uint2{0, 0};
+      for (int i = 0; i < kTiles * 2; ++i) {
+        const int row = row0 + lane / 8 + i * 4, column = (chunk0 + chunk + u) * 64 + lane % 8 * 8;
+        const bool valid = row < p.rows && chunk + u < chunks && column < p.in;
+        const bf16* const from = p.x + row * p.x_stride + column;
+        held[u][i] = valid ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
       }
     }
   };
+  constexpr int kBatch = kRowsShared ? kFewBatch : 1;
+  constexpr int kSliceBytes = kTiles * 8 * (kRowsShared ? kFewPitch * 4 : kTileRowBytes);
+  char* const passing = reinterpret_cast<char*>(sums) + warp * kSliceBytes;
 
   float sum[kTiles][4];
   const auto clear = [&] {
@@ -124,7 +130,7 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     for (int j = 0; j < kTiles; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
   };
   const auto store = [&](int tile) {
-    float* const to = sums + (tile * kSlices + warp) * kTiles * 8 * kFewPitch;
+    float* const to = sums + (tile * kSlices + warp) * (kSliceBytes / 4);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -134,67 +140,61 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     }
   };
   int turn = 0, slot = 0;
-  for (int first = 0; first < tiles; first += kFewBatch) {
-    const int batch = min(kFewBatch, tiles - first);
+  for (int first = 0; first < tiles; first += kBatch) {
+    const int batch = min(kBatch, tiles - first);
     // One patch of 8 rows by 16 outputs to a warp, at most.
     const int tile = warp / kTiles, row = row0 + warp % kTiles * 8 + lane % 8;
     const int out = out_of(first + tile);
-    PatchEnd end;
-    float4 norm = {};
-    if (tile < batch) {
-      end.Load(p, row, out);
-      norm = PatchEnd::LoadNorm(p, out);
-    }
+    float4 residual = {}, norm = {};
+    if (tile < batch) residual = PatchResidual(p, row, out), norm = PatchNorm(p, out);
     RowFactor factor;
     const int factor_row = warp * 4 + lane / 8;
     if (first == 0 && warp < kTiles * 2) factor.Load(p, row0 + factor_row);
 
-    const int work = batch * chunks;
-    if (!kRowsShared) {
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (u < work) load_rows(xs[u], u % chunks);
-      }
-    }
+    if (!kRowsShared) load_rows(0);
     clear();
-    int chunk = 0, done = 0, ahead = kRowsShared || chunks == 0 ? 0 : kAhead % chunks;
-    for (int q = 0; q < work; q += kAhead) {
+    int chunk = 0, done = 0, used = 0;
+#pragma unroll 1
+    for (int q = 0; q < batch * chunks; ++q, ++turn) {
+      if (turn == 0) {
+        WaitCopies<0>();  // the rows came last
+      } else if (turn >= kFewRing) {
+        WaitCopies<kFewRing - 1>();
+      }
+      const char* x = rows + chunk * kTiles * 8 * kTileRowBytes;
+      if (!kRowsShared) {
+        if (used == kAhead) load_rows(chunk), used = 0;
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        if (q + u >= work) break;
-        if (turn == 0) {
-          WaitCopies<0>();  // the rows came last
-          __syncwarp();
-        } else if (turn >= kFewRing) {
-          WaitCopies<kFewRing - 1>();
-          __syncwarp();
+        for (int i = 0; i < kTiles * 2; ++i) {
+          *reinterpret_cast<uint4*>(passing + FewPiece(lane / 8 + i * 4, lane % 8)) = held[0][i];
         }
-        const char* const weights = ring + slot * kFewChunkBytes;
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const uint2 low = FewFragment(weights, g, s, t), high = FewFragment(weights, g + 8, s, t);
-          const uint32_t w[4] = {low.x, high.x, low.y, high.y};
+        for (int u = 0; u + 1 < kAhead; ++u) {
 #pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const uint2 x =
-                kRowsShared ? FewFragment(rows + (chunk * kTiles + j) * 8 * kTileRowBytes, g, s, t)
-                            : xs[u][s][j];
-            Mma16x8x16(sum[j], w, {x.x, x.y});
-          }
+          for (int i = 0; i < kTiles * 2; ++i) held[u][i] = held[u + 1][i];
         }
-        __syncwarp();
-        copy_next();
-        ++turn;
-        if (++slot == kFewRing) slot = 0;
-        if (++chunk == chunks) {
-          chunk = 0;
-          store(done++);
-          clear();
+        ++used;
+        x = passing;
+      }
+      __syncwarp();
+      const char* const weights = ring + slot * kFewChunkBytes;
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint2 low = FewFragment(weights, g, s, t), high = FewFragment(weights, g + 8, s, t);
+        const uint32_t w[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const uint2 pair = FewFragment(x + j * 8 * kTileRowBytes, g, s, t);
+          Mma16x8x16(sum[j], w, {pair.x, pair.y});
         }
-        if (!kRowsShared && q + u + kAhead < work) {
-          load_rows(xs[u], ahead);
-          if (++ahead == chunks) ahead = 0;
-        }
+      }
+      __syncwarp();
+      copy_next();
+      if (++slot == kFewRing) slot = 0;
+      if (++chunk == chunks) {
+        chunk = 0;
+        store(done++);
+        clear();
       }
     }
     if (chunks == 0) {
@@ -211,12 +211,12 @@ __global__ void __launch_bounds__(kFewThreads, 2)
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
         const float4 part = *reinterpret_cast<const float4*>(
-            sums + ((tile * kSlices + s) * kTiles * 8 + n) * kFewPitch + lane / 8 * 4);
+            sums + (tile * kSlices + s) * (kSliceBytes / 4) + n * kFewPitch + lane / 8 * 4);
         total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
       }
-      end.Finish(p, row, out, norm, total, factors[n]);
+      EndPatch(p, row, out, residual, norm, total, factors[n]);
     }
-    if (first + kFewBatch < tiles) __syncthreads();
+    if (first + kBatch < tiles) __syncthreads();
   }
 }
 

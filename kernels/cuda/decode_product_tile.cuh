@@ -105,12 +105,15 @@ struct TileShape {
   }
 };
 
-template <int kGroups, int kRows>
+// Instructions that run once cost as much as data from far away: what is not worth unrolling stays
+// a loop. kSplit: cluster > 1.
+template <int kGroups, int kRows, bool kSplit>
 __global__ void __launch_bounds__(kGroups * 128 + 32)
     TileKernel(const __grid_constant__ ProductParams p, const __grid_constant__ CUtensorMap weights,
-               const __grid_constant__ CUtensorMap rows, int cluster, int tiles_rows) {
+               const __grid_constant__ CUtensorMap rows, int blocks, int tiles_rows) {
   using Shape = TileShape<kGroups, kRows>;
   constexpr int kStages = Shape::kStages;
+  const int cluster = kSplit ? blocks : 1;
   extern __shared__ char shared[];
   const uint32_t base = RoundUp<uint32_t>(SharedAddress(shared), 1024);
   char* const head = shared + (base - SharedAddress(shared));
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   char* const stages = head + 1024;
   const auto full = [&](int stage) { return base + stage * 16; };
   const auto empty = [&](int stage) { return base + stage * 16 + 8; };
-  const uint32_t sums_at = cluster == 1 ? base + 1024 : base + 1024 + kStages * Shape::kStageBytes;
+  const uint32_t sums_at = base + 1024 + (kSplit ? kStages * Shape::kStageBytes : 0);
   float* const sums = reinterpret_cast<float*>(head + (sums_at - base));
 
   const int rank = static_cast<int>(blockIdx.x) % cluster;
@@ -156,10 +159,14 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
                 i * 64, row0);
       };
       const int ahead = min(end, first + kStages);
+      if (NextIsProduct(p)) AllowNext();
+#pragma unroll 1
       for (int i = first; i < ahead; ++i) copy_weights(i);
       WaitForPrevious();
       AllowNext();
+#pragma unroll 1
       for (int i = first; i < ahead; ++i) copy_rows(i);
+#pragma unroll 1
       for (int i = ahead; i < end; ++i) {
         WaitBarrier(empty((i - first) % kStages), ((i - first) / kStages - 1) & 1);
         copy_weights(i);
@@ -167,7 +174,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
       }
     }
     __syncwarp();
-    if (cluster > 1) ArriveCluster(), WaitCluster(), ArriveCluster(), WaitCluster();
+    if (kSplit) ArriveCluster(), WaitCluster(), ArriveCluster(), WaitCluster();
     return;
   }
 
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   {
     constexpr int kStep = Shape::kWarps * 4;  // rows: four a warp
     constexpr int kAtOnce = kRows / kStep < 4 ? kRows / kStep : 4;
+#pragma unroll 1
     for (int r = warp * 4 + lane / 8; r < kRows; r += kStep * kAtOnce) {
       RowFactor factor[kAtOnce];
 #pragma unroll
@@ -204,9 +212,11 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   };
   int stage = 0;
   uint32_t parity = 0;
+#pragma unroll 1
   for (int s = slice0; s < slice0 + slices; ++s) {
     const int count = SliceStart(p.in, s + 1) - SliceStart(p.in, s);
     int before = 0;  // the stage whose products may still run
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       WaitBarrier(full(stage), parity);
       const char* const weight = stages + stage * Shape::kStageBytes + group * 64 * kTileRowBytes;
@@ -230,54 +240,64 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
     if (count > 0 && lane == 0) Arrive(empty(before));
 #pragma unroll
     for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-    if (cluster == 1) {
+    if (count == 0) {
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) total[i] += count > 0 ? acc[i] : 0.0f;
-    } else if (count > 0) {
+      for (int i = 0; i < kRows / 2; ++i) acc[i] = 0;
+    }
+    if (kSplit) {
       store(acc, s - slice0);
     } else {
-      store(total, s - slice0);  // zeros
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) total[i] += acc[i];
     }
   }
 
   // Patches of 8 rows by 16 outputs: a warp ends those of 16 outputs, every cluster-th one.
   const int column = warp * 16, out = out0 + column;
-  const float4 norm = PatchEnd::LoadNorm(p, out);
+  const float4 norm = PatchNorm(p, out);
   asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // stages used up, factors there
-  if (cluster == 1) {
+  if (kSplit) {
+    ArriveCluster();
+  } else {
     store(total, 0);
     __syncwarp();  // a warp ends what it summed itself
-  } else {
-    ArriveCluster();
   }
   constexpr int kAtOnce = kRows >= 64 ? 8 : kRows / 8;
-  for (int first = rank * 8; first < kRows || first == rank * 8; first += kAtOnce * cluster * 8) {
-    PatchEnd end[kAtOnce];
-    const auto row_of = [&](int j) { return first + j * cluster * 8 + lane % 8; };
+  bool waited = !kSplit;
+#pragma unroll 1
+  for (int first = rank * 8; first < kRows; first += kAtOnce * cluster * 8) {
+    float4 residual[kAtOnce];
+    if (p.epilogue == DecodeEpilogue::kResidual) {
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (row_of(j) < kRows) end[j].Load(p, row0 + row_of(j), out);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int r = first + j * cluster * 8 + lane % 8;
+        residual[j] = r < kRows ? PatchResidual(p, row0 + r, out) : float4{};
+      }
     }
-    if (cluster > 1 && first == rank * 8) WaitCluster();
-#pragma unroll
+    if (!waited) WaitCluster();
+    waited = true;
+#pragma unroll 1
     for (int j = 0; j < kAtOnce; ++j) {
-      const int r = row_of(j);
+      const int r = first + j * cluster * 8 + lane % 8;
       if (r >= kRows) break;
       const uint32_t at = sums_at + (r * Shape::kPitch + column + lane / 8 * 4) * 4;
       float4 sum = {};
-      if (cluster == 1) {
-        sum = *reinterpret_cast<const float4*>(head + (at - base));
-      } else {
+      if (kSplit) {
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) {
           const float4 part = LoadFromBlock(at + s % slices * Shape::kSliceBytes, s / slices);
           sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
         }
+      } else {
+        sum = *reinterpret_cast<const float4*>(head + (at - base));
       }
-      end[j].Finish(p, row0 + r, out, norm, sum, factors[r]);
+      EndPatch(p, row0 + r, out, residual[0], norm, sum, factors[r]);
+#pragma unroll
+      for (int k = 0; k + 1 < kAtOnce; ++k) residual[k] = residual[k + 1];
     }
   }
-  if (cluster > 1) {
+  if (kSplit) {
+    if (!waited) WaitCluster();
     ArriveCluster();  // the others may still read this block's sums
     WaitCluster();
   }
