@@ -343,7 +343,8 @@ void Launch(Device& device, const Parameters& p) {
                    {.blocks = GridOf(int64_t{p.a.rows} * p.a.state_heads * p.tiles),
                     .threads = kThreads,
                     .shared_bytes = (2 + p.group) * p.a.key_dim * sizeof(float),
-                    .cluster = static_cast<unsigned>(p.tiles)},
+                    .cluster = static_cast<unsigned>(p.tiles),
+                    .most_shared = true},
                    p);
 }
 

@@ -5,7 +5,8 @@
 // the stream wrote or writes what they read, in every thread that does, and AllowNext() only after
 // that: then whatever a kernel does before its WaitForPrevious() can overlap with the one kernel
 // ahead of it and with no other. Before it, read weights and, of states, only what no kernel
-// between the last writer and this one touches.
+// between the last writer and this one touches. A kernel may call AllowNext() at once where the one
+// behind it is known to read nothing but weights before its own WaitForPrevious().
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -20,28 +21,32 @@ struct LaunchShape {
   unsigned threads;
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // blocks
+  // A multiprocessor splits its memory into cache and shared memory, and kernels that want
+  // different splits do not overlap: this one wants all shared, as those beside it that hold
+  // weights there.
+  bool most_shared = false;
 };
 
 template <typename... Params, typename... Args>
 void LaunchOverlapped(Device& device, void (*kernel)(Params...), const LaunchShape& shape,
                       Args&&... args) {
   AllowShared(kernel, shape.shared_bytes);
-  cudaLaunchAttribute attributes[3] = {};
+  if (shape.most_shared) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared));
+  }
+  cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  // The same split of a multiprocessor's memory for all: kernels with different ones do not
-  // overlap.
-  attributes[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-  attributes[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
-  attributes[2].id = cudaLaunchAttributeClusterDimension;
-  attributes[2].val.clusterDim = {shape.cluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {shape.cluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.blocks;
   config.blockDim = shape.threads;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = Queue(device);
   config.attrs = attributes;
-  config.numAttrs = shape.cluster > 1 ? 3 : 2;
+  config.numAttrs = shape.cluster > 1 ? 2 : 1;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
 }
 
