@@ -190,9 +190,9 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
 void Model::Impl::ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                                  const int32_t* sampled) {
   if (std::none_of(tokens.begin(), tokens.end(), [](int32_t token) { return token < 0; })) return;
-  ResolveTokens(device, {.tokens = device_tokens,
-                         .sampled = sampled,
-                         .rows = static_cast<int>(tokens.size())});
+  ResolveTokens(
+      device,
+      {.tokens = device_tokens, .sampled = sampled, .rows = static_cast<int>(tokens.size())});
 }
 
 void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
