@@ -56,6 +56,7 @@ struct Model::Impl {
   void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                       const int32_t* sampled);
   void Layers(int rows, char* states);
+  void JudgeRows(int rows, int32_t* finite);  // what the layers left in the residual stream
   // The plan's decode rows, recorded; see decode.cc.
   void ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled);
   void SetDecodeInputs(const StepPlan& plan, const int32_t* sampled);
