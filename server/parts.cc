@@ -89,7 +89,10 @@ EngineOptions OptionsForEngine(const Config& config, int64_t num_slots) {
   EngineOptions options;
   options.max_num_seqs = config.max_num_seqs;
   options.max_num_batched_tokens = config.max_num_batched_tokens;
-  options.max_prefill_chunk = std::min(config.max_prefill_chunk, config.max_num_batched_tokens);
+  // int16 states: a whole chunk beside every decoding sequence, see SchedulerOptions.
+  const int reserved = config.state_dtype == "int16" ? config.max_num_seqs : 0;
+  options.max_prefill_chunk =
+      std::min(config.max_prefill_chunk, config.max_num_batched_tokens - reserved);
   options.max_queued_requests = config.max_num_queued_reqs;
   options.max_queued_tokens = config.max_num_queued_tokens;
   options.num_slots = num_slots;

@@ -3,12 +3,18 @@
 // Every output element is one chain of fused multiply-adds over k = 0, 1, 2, ... in float32,
 // whatever the tile that computes it. So its bits depend on its row and its weights alone: not on
 // the number of rows, the row's place, the number of threads. No library offers that together with
-// bfloat16 weights under float32 activations on AVX2 (see kernels/README.md).
+// bfloat16 weights under float32 activations on AVX2 (see kernels/README.md). bfloat16 activations
+// with bfloat16 weights take an instruction for pairs along k where there is one (matmul_dot.h):
+// again one chain.
 //
 // Packed weight: panels of 2 * L outputs (L: float32 lanes of a vector), zero-padded at the end;
-// inside a panel, k-major. bfloat16: for each k, L words of 32 bits, word i holding output i in its
-// low and output L + i in its high half: one load, a shift and a mask give two vectors of float32.
-// float32: for each k, the 2 * L values in order.
+// inside a panel, k-major, k padded to an even number. bfloat16: for each pair k, k + 1 and output
+// a word of 32 bits, k in its low and k + 1 in its high half: a shift or a mask gives a vector of
+// float32. float32: for each k, the 2 * L values in order.
+//
+// Packed x: tiles of rows; inside a tile, for each pair of k, the pairs of its rows, as float32 or
+// as words of two bfloat16. So a tile reads one stream, and rows a power of two apart do not fall
+// on one set of the cache.
 #include "kernels/cpu/simd_targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -16,12 +22,87 @@
 #include "hwy/foreach_target.h"
 // After foreach_target.h
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "kernels/cpu/common.h"
+#include "kernels/cpu/matmul_dot.h"
 #include "kernels/cpu/simd-inl.h"
 #include "kernels/kernels.h"
+
+#ifndef GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
+#define GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
+namespace gla {
+
+// The rows of x in tiles of nearly equal size: see the head of the file.
+class PackedRows {
+ public:
+  PackedRows(const MatmulArgs& a, int max_tile_rows, bool is_dot)
+      : rows_(a.rows),
+        pairs_((a.weight->in() + 1) / 2),
+        num_tiles_((a.rows + max_tile_rows - 1) / max_tile_rows),
+        is_dot_(is_dot) {}
+
+  bool is_dot() const { return is_dot_; }
+  int pairs() const { return pairs_; }
+  int num_tiles() const { return num_tiles_; }
+  int first_row(int tile) const { return static_cast<int>(int64_t{rows_} * tile / num_tiles_); }
+  int tile_rows(int tile) const { return first_row(tile + 1) - first_row(tile); }
+  template <typename X>  // float: two to a pair; uint32_t: one
+  const X* tile(int tile) const {
+    return static_cast<const X*>(data_) + pair_size<X>() * pairs_ * first_row(tile);
+  }
+
+  // Where the rows are to be packed, or lie as they are wanted.
+  size_t bytes() const { return (is_dot_ ? size_t{4} : size_t{8}) * pairs_ * rows_; }
+  void set_data(const void* data) { data_ = data; }
+
+  void PackTiles(const MatmulArgs& a, int64_t begin, int64_t end) const {
+    for (int tile = static_cast<int>(begin); tile < end; ++tile) {
+      if (is_dot_) {
+        PackTile<uint32_t, BFloat16>(a, tile);
+      } else if (a.x_dtype == DType::kFloat32) {
+        PackTile<float, float>(a, tile);
+      } else {
+        PackTile<float, BFloat16>(a, tile);
+      }
+    }
+  }
+
+ private:
+  template <typename X>
+  static constexpr size_t pair_size() {
+    return std::is_same_v<X, float> ? 2 : 1;
+  }
+
+  template <typename X, typename T>
+  void PackTile(const MatmulArgs& a, int tile) const {
+    const int in = a.weight->in(), rows = tile_rows(tile);
+    X* const to = const_cast<X*>(this->tile<X>(tile));
+    for (int r = 0; r < rows; ++r) {
+      const T* from = static_cast<const T*>(a.x) + (first_row(tile) + r) * a.x_stride;
+      const auto store = [&](int pair, T low, T high) {
+        X* x = to + (static_cast<size_t>(pair) * rows + r) * pair_size<X>();
+        if constexpr (std::is_same_v<X, float>) {
+          x[0] = ToFloat(low);
+          x[1] = ToFloat(high);
+        } else {
+          x[0] = low.bits | static_cast<uint32_t>(high.bits) << 16;
+        }
+      };
+      for (int pair = 0; pair < in / 2; ++pair) store(pair, from[2 * pair], from[2 * pair + 1]);
+      if (in % 2 != 0) store(in / 2, from[in - 1], T{});
+    }
+  }
+
+  int rows_, pairs_, num_tiles_;
+  bool is_dot_;
+  const void* data_ = nullptr;
+};
+
+}  // namespace gla
+#endif  // GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
 
 HWY_BEFORE_NAMESPACE();
 namespace gla {
@@ -29,58 +110,63 @@ namespace HWY_NAMESPACE {
 
 size_t PanelWidth() { return 2 * hn::Lanes(FloatTag()); }
 
-// Two vectors of one panel at one k.
-template <class D, class V>
-HWY_INLINE void LoadPair(D d, const BFloat16* w, V& w0, V& w1) {
+// One vector of a panel at k + kOdd; `w` is at the panel's pair k, k + 1 and `vec` its half.
+template <int kOdd, class D>
+HWY_INLINE hn::Vec<D> LoadWeights(D d, const BFloat16* w, size_t vec) {
   const hn::RebindToUnsigned<D> d32;
-  const auto words = hn::Load(d32, reinterpret_cast<const uint32_t*>(w));
-  w0 = hn::BitCast(d, hn::ShiftLeft<16>(words));
-  w1 = hn::BitCast(d, hn::And(words, hn::Set(d32, 0xFFFF0000u)));
+  const auto words = hn::Load(d32, reinterpret_cast<const uint32_t*>(w) + vec * hn::Lanes(d));
+  if constexpr (kOdd == 0) return hn::BitCast(d, hn::ShiftLeft<16>(words));
+  return hn::BitCast(d, hn::And(words, hn::Set(d32, 0xFFFF0000u)));
 }
-template <class D, class V>
-HWY_INLINE void LoadPair(D d, const float* w, V& w0, V& w1) {
-  w0 = hn::Load(d, w);
-  w1 = hn::Load(d, w + hn::Lanes(d));
+template <int kOdd, class D>
+HWY_INLINE hn::Vec<D> LoadWeights(D d, const float* w, size_t vec) {
+  return hn::Load(d, w + (2 * kOdd + vec) * hn::Lanes(d));
 }
 
-// sums [kRows, kPanels * width] = x [kRows, in] times kPanels neighbouring panels.
+// sums [kRows, kPanels * width] = x [pairs, kRows, 2] times kPanels neighbouring panels.
 template <int kRows, int kPanels, typename W>
-HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY_RESTRICT panels,
-                     int in, float* HWY_RESTRICT sums) {
+HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panels, int pairs,
+                     float* HWY_RESTRICT sums) {
   const FloatTag d;
   using V = hn::Vec<FloatTag>;
+  constexpr int kVecs = 2 * kPanels;
   const size_t lanes = hn::Lanes(d);
-  const size_t width = 2 * lanes;
-  const size_t panel_size = width * static_cast<size_t>(in);
-  V acc[kRows][kPanels][2];
+  const size_t pair_size = 4 * lanes, panel_size = pair_size * static_cast<size_t>(pairs);
+  V acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) acc[r][p][0] = acc[r][p][1] = hn::Zero(d);
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Zero(d);
   }
-  for (int k = 0; k < in; ++k) {
-    V w0[kPanels], w1[kPanels];
+  const auto step = [&]<int kOdd>(const W* HWY_RESTRICT w, const float* HWY_RESTRICT xk) HWY_ATTR {
+    V weights[kVecs];
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p)
-      LoadPair(d, panels + p * panel_size + k * width, w0[p], w1[p]);
+    for (int v = 0; v < kVecs; ++v) {
+      weights[v] = LoadWeights<kOdd>(d, w + v / 2 * panel_size, v % 2);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const V xk = hn::Set(d, x[r * x_stride + k]);
+      const V xr = hn::Set(d, xk[2 * r + kOdd]);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        acc[r][p][0] = hn::MulAdd(xk, w0[p], acc[r][p][0]);
-        acc[r][p][1] = hn::MulAdd(xk, w1[p], acc[r][p][1]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
+    }
+  };
+  const W* HWY_RESTRICT w = panels;
+  for (int k = 0; k < pairs; ++k, w += pair_size, x += 2 * kRows) {
+    // The next panel, into the second-level cache; one row streams fast enough without.
+    if constexpr (kRows > 1) {
+#pragma GCC unroll 4
+      for (size_t byte = 0; byte < pair_size * sizeof(W); byte += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + kPanels * panel_size) + byte, 0, 2);
       }
     }
+    step.template operator()<0>(w, x);
+    step.template operator()<1>(w, x);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      float* out = sums + (r * kPanels + p) * width;
-      hn::StoreU(acc[r][p][0], d, out);
-      hn::StoreU(acc[r][p][1], d, out + lanes);
-    }
+    for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], d, sums + (r * kVecs + v) * lanes);
   }
 }
 
@@ -90,13 +176,14 @@ constexpr int kMaxTileRows = 12;
 #else
 constexpr int kMaxTileRows = 6;
 #endif
-constexpr int kWidePanels = 4;  // of a single row: enough independent chains to hide the latency
+constexpr int kMaxPanels = 2;  // of a single row: enough independent chains to hide the latency
+
+int MaxTileRows() { return kMaxTileRows; }
 
 template <typename W, int kRows = kMaxTileRows>
-HWY_INLINE void TileOfRows(int rows, const float* x, int64_t x_stride, const W* panel, int in,
-                           float* sums) {
-  if (rows == kRows) return Tile<kRows, 1>(x, x_stride, panel, in, sums);
-  if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, x_stride, panel, in, sums);
+HWY_INLINE void TileOfRows(int rows, const float* x, const W* panel, int pairs, float* sums) {
+  if (rows == kRows) return Tile<kRows, 1>(x, panel, pairs, sums);
+  if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, panel, pairs, sums);
 }
 
 // One row's `n` outputs from `out0` on: sums, bias, what y held, in this order.
@@ -124,58 +211,43 @@ HWY_INLINE void StoreTile(const MatmulArgs& a, const float* sums, size_t sums_st
   }
 }
 
-// Rows [row0, row0 + rows) of x, as float32 at `x`, times the panels [panel0, panel1).
-template <typename W>
-void MatmulBlock(const MatmulArgs& a, const float* x, int64_t x_stride, int row0, int rows,
-                 int panel0, int panel1) {
+// Tiles [tile0, tile1) of x times panels [panel0, panel1).
+template <typename X, typename W>
+void MultiplyPanels(const MatmulArgs& a, const PackedRows& x, int tile0, int tile1, int panel0,
+                    int panel1) {
   const int width = static_cast<int>(PanelWidth());
-  const int in = a.weight->in(), out = a.weight->out();
-  const size_t panel_size = static_cast<size_t>(width) * in;
+  const int out = a.weight->out(), pairs = x.pairs();
+  const size_t panel_size = size_t{2} * width * pairs;
   const W* weight = static_cast<const W*>(a.weight->data());
-  HWY_ALIGN float sums[std::max(kMaxTileRows, 2 * kWidePanels) * 2 * HWY_MAX_BYTES / sizeof(float)];
-  int panel = panel0;
-  if (rows <= 2) {
-    const int step = rows == 1 ? kWidePanels : kWidePanels / 2;
-    for (; panel + step <= panel1; panel += step) {
-      const W* w = weight + panel * panel_size;
-      if (rows == 1) {
-        Tile<1, kWidePanels>(x, x_stride, w, in, sums);
+  HWY_ALIGN float sums[kMaxTileRows * 2 * HWY_MAX_BYTES / sizeof(float)];
+  int step = 1;
+  for (int panel = panel0; panel < panel1; panel += step) {
+    step = a.rows == 1 ? std::min(kMaxPanels, panel1 - panel) : 1;
+    const W* w = weight + panel * panel_size;
+    const int out0 = panel * width, n = std::min(step * width, out - out0);
+    for (int tile = tile0; tile < tile1; ++tile) {
+      const int rows = x.tile_rows(tile);
+      const X* from = x.tile<X>(tile);
+      if constexpr (std::is_same_v<X, uint32_t>) {
+        DotTile(rows, step, from, w, pairs, sums);
+      } else if (step == 2) {
+        Tile<1, 2>(from, w, pairs, sums);
       } else {
-        Tile<2, kWidePanels / 2>(x, x_stride, w, in, sums);
+        TileOfRows<W>(rows, from, w, pairs, sums);
       }
-      const int out0 = panel * width;
-      StoreTile(a, sums, step * width, row0, rows, out0, std::min(step * width, out - out0));
-    }
-  }
-  const int num_tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
-  for (; panel < panel1; ++panel) {
-    const int out0 = panel * width, n = std::min(width, out - out0);
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const int first = rows * tile / num_tiles, count = rows * (tile + 1) / num_tiles - first;
-      TileOfRows<W>(count, x + first * x_stride, x_stride, weight + panel * panel_size, in, sums);
-      StoreTile(a, sums, width, row0 + first, count, out0, n);
+      StoreTile(a, sums, step * width, x.first_row(tile), rows, out0, n);
     }
   }
 }
 
-void MatmulRows(const MatmulArgs& a, int row0, int rows, int panel0, int panel1) {
-  const int in = a.weight->in();
-  const float* x = static_cast<const float*>(a.x) + row0 * a.x_stride;
-  int64_t x_stride = a.x_stride;
-  if (a.x_dtype == DType::kBFloat16) {
-    thread_local std::vector<float> converted;
-    converted.resize(static_cast<size_t>(rows) * in);
-    const BFloat16* from = static_cast<const BFloat16*>(a.x) + row0 * a.x_stride;
-    for (int r = 0; r < rows; ++r) {
-      Convert(from + r * a.x_stride, converted.data() + static_cast<size_t>(r) * in, in);
-    }
-    x = converted.data();
-    x_stride = in;
-  }
-  if (a.weight->dtype() == DType::kFloat32) {
-    MatmulBlock<float>(a, x, x_stride, row0, rows, panel0, panel1);
+void MatmulPanels(const MatmulArgs& a, const PackedRows& x, int tile0, int tile1, int panel0,
+                  int panel1) {
+  if (x.is_dot()) {
+    MultiplyPanels<uint32_t, BFloat16>(a, x, tile0, tile1, panel0, panel1);
+  } else if (a.weight->dtype() == DType::kFloat32) {
+    MultiplyPanels<float, float>(a, x, tile0, tile1, panel0, panel1);
   } else {
-    MatmulBlock<BFloat16>(a, x, x_stride, row0, rows, panel0, panel1);
+    MultiplyPanels<float, BFloat16>(a, x, tile0, tile1, panel0, panel1);
   }
 }
 
@@ -187,7 +259,8 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace gla {
 HWY_EXPORT(PanelWidth);
-HWY_EXPORT(MatmulRows);
+HWY_EXPORT(MaxTileRows);
+HWY_EXPORT(MatmulPanels);
 
 namespace {
 
@@ -198,16 +271,17 @@ void RowToFloat(const HostMatrix& block, int row, float* to) {
   });
 }
 
-// `rows`: the panel's outputs [width, in] in order. Element (k, i) of the packed panel is output i;
-// as bfloat16, the two halves of a panel alternate (see the head of the file).
+// `rows`: the panel's outputs [width, in] in order. See the head of the file.
 template <typename W>
 void PackPanel(const std::vector<float>& rows, int width, int in, W* panel) {
   for (int i = 0; i < width; ++i) {
-    const int half = width / 2;
-    const int place = std::is_same_v<W, float> ? i : i < half ? 2 * i : 2 * (i - half) + 1;
     const float* row = rows.data() + static_cast<size_t>(i) * in;
-    for (int k = 0; k < in; ++k)
-      panel[static_cast<size_t>(k) * width + place] = FromFloat<W>(row[k]);
+    for (int k = 0; k < in + in % 2; ++k) {
+      const size_t place = std::is_same_v<W, float>
+                               ? static_cast<size_t>(k) * width + i
+                               : (static_cast<size_t>(k / 2) * width + i) * 2 + k % 2;
+      panel[place] = FromFloat<W>(k < in ? row[k] : 0.0f);
+    }
   }
 }
 
@@ -224,11 +298,11 @@ PackedWeight::PackedWeight(Device& device, const std::vector<HostMatrix>& blocks
   }
   const int width = static_cast<int>(HWY_DYNAMIC_DISPATCH(PanelWidth)());
   const int num_panels = (out_ + width - 1) / width;
-  const size_t panel_size = static_cast<size_t>(width) * in_;
+  const size_t panel_size = static_cast<size_t>(width) * (in_ + in_ % 2);
   buffer_ = DeviceBuffer(device, num_panels * panel_size * SizeOf(dtype));
   if (!buffer_.ok()) return;
   ParallelFor(device, num_panels, static_cast<double>(panel_size), [&](int64_t begin, int64_t end) {
-    std::vector<float> rows(panel_size);
+    std::vector<float> rows(static_cast<size_t>(width) * in_);
     for (int64_t panel = begin; panel < end; ++panel) {
       std::fill(rows.begin(), rows.end(), 0.0f);
       int first = 0;  // the block's first output
@@ -257,15 +331,31 @@ void Matmul(Device& device, const MatmulArgs& a) {
   const int in = a.weight->in();
   const int width = static_cast<int>(HWY_DYNAMIC_DISPATCH(PanelWidth)());
   const int num_panels = (a.weight->out() + width - 1) / width;
+  const bool is_dot = a.x_dtype == DType::kBFloat16 && a.weight->dtype() == DType::kBFloat16 &&
+                      width == kDotPanelWidth && HasDotInstruction();
+  const int max_tile_rows = is_dot ? kMaxDotRows : HWY_DYNAMIC_DISPATCH(MaxTileRows)();
+  PackedRows x(a, max_tile_rows, is_dot);
+  if (a.rows == 1 && a.x_dtype == DType::kFloat32 && in % 2 == 0) {
+    x.set_data(a.x);
+  } else {
+    thread_local std::vector<uint64_t> packed;
+    packed.resize(std::max(packed.size(), (x.bytes() + 7) / 8));
+    x.set_data(packed.data());
+    const double tile_ns = static_cast<double>(in) * a.rows / x.num_tiles() * 5 * kCopyNs;
+    ParallelFor(device, x.num_tiles(), tile_ns,
+                [&](int64_t begin, int64_t end) { x.PackTiles(a, begin, end); });
+  }
+
   // A block of rows stays in the second-level cache while the panels pass by.
-  const int max_block = std::clamp(32768 / std::max(in, 1), 12, 96);
-  const int num_blocks = (a.rows + max_block - 1) / max_block;
+  const int max_block = std::clamp(32768 / std::max(in, 1), 16, 96);
+  const int block_tiles = (max_block + max_tile_rows - 1) / max_tile_rows;
+  const int num_blocks = (x.num_tiles() + block_tiles - 1) / block_tiles;
   constexpr int kGroup = 4;  // panels to an item
   const int num_groups = (num_panels + kGroup - 1) / kGroup;
   // A weight read once costs its bytes; one used by many rows the arithmetic.
   const double macs = static_cast<double>(kGroup) * width * in;
   const double block_rows = static_cast<double>(a.rows) / num_blocks;
-  const double item_ns = macs * std::max(1.0 / 12, block_rows / 30);
+  const double item_ns = macs * std::max(1.0 / 12, block_rows / (is_dot ? 100 : 50));
   ParallelFor(device, static_cast<int64_t>(num_blocks) * num_groups, item_ns,
               [&](int64_t begin, int64_t end) {
                 while (begin < end) {
@@ -273,10 +363,10 @@ void Matmul(Device& device, const MatmulArgs& a) {
                   const int group0 = static_cast<int>(begin % num_groups);
                   const int group1 =
                       static_cast<int>(std::min<int64_t>(num_groups, group0 + (end - begin)));
-                  const int row0 = static_cast<int>(int64_t{a.rows} * block / num_blocks);
-                  const int row1 = static_cast<int>(int64_t{a.rows} * (block + 1) / num_blocks);
-                  HWY_DYNAMIC_DISPATCH(MatmulRows)
-                  (a, row0, row1 - row0, group0 * kGroup, std::min(num_panels, group1 * kGroup));
+                  const int tile0 = x.num_tiles() * block / num_blocks;
+                  const int tile1 = x.num_tiles() * (block + 1) / num_blocks;
+                  HWY_DYNAMIC_DISPATCH(MatmulPanels)
+                  (a, x, tile0, tile1, group0 * kGroup, std::min(num_panels, group1 * kGroup));
                   begin += group1 - group0;
                 }
               });

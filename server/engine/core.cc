@@ -19,6 +19,11 @@ bool AlignsChunks(const Model& model) {
   return model.options().prefill_form == PrefillForm::kChunkwise;
 }
 
+// A state that is rounded whenever it rests shows where it did.
+bool KeepsChunksWhole(const Model& model) {
+  return model.options().state_format != StateFormat::kFloat32;
+}
+
 absl::Status CheckRange(const char* what, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -33,7 +38,10 @@ absl::Status CheckOptions(const EngineOptions& options, const Model& model) {
   GLA_RETURN_IF_ERROR(CheckRange("max_num_seqs", options.max_num_seqs, 1, limits.max_seqs));
   GLA_RETURN_IF_ERROR(CheckRange("max_num_batched_tokens", options.max_num_batched_tokens,
                                  options.max_num_seqs + extra, limits.max_rows));
-  GLA_RETURN_IF_ERROR(CheckRange("max_prefill_chunk", options.max_prefill_chunk, 1 + extra, kAny));
+  const int64_t most_chunk =
+      KeepsChunksWhole(model) ? options.max_num_batched_tokens - options.max_num_seqs : kAny;
+  GLA_RETURN_IF_ERROR(
+      CheckRange("max_prefill_chunk", options.max_prefill_chunk, 1 + extra, most_chunk));
   GLA_RETURN_IF_ERROR(CheckRange("the model's max_logit_rows", limits.max_logit_rows,
                                  options.max_num_seqs + extra, kAny));
   GLA_RETURN_IF_ERROR(CheckRange("max_queued_requests", options.max_queued_requests, 0, kAny));
@@ -50,7 +58,8 @@ SchedulerOptions SchedulingOf(const EngineOptions& options, const Model& model) 
           .max_num_batched_tokens = options.max_num_batched_tokens,
           .max_prefill_chunk = options.max_prefill_chunk,
           .max_logit_rows = model.options().max_logit_rows,
-          .align_chunks = AlignsChunks(model)};
+          .align_chunks = AlignsChunks(model),
+          .whole_chunks = KeepsChunksWhole(model)};
 }
 
 // A wall-clock deadline as an instant: it is read once, so that later jumps do not matter.

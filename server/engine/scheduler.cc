@@ -125,14 +125,13 @@ Step Scheduler::Plan() {
 
 int Scheduler::ChunkRows(const Sequence& sequence, int64_t budget) const {
   const int64_t left = sequence.prompt_rows() - sequence.planned;
-  int64_t rows = std::min({left, budget, static_cast<int64_t>(options_.max_prefill_chunk)});
-  if (options_.align_chunks) {
-    // The model computes runs of one row in the recurrent form, so a last tile of one row must be
-    // a run of one row whatever the budget was.
-    if (rows == left && rows > 1 && left % kTile == 1) rows = left - 1;
-    if (rows < left && rows % kTile != 0) rows -= rows % kTile;
+  int64_t most = options_.max_prefill_chunk;
+  if (options_.whole_chunks && sequence.is_score) {
+    most = std::min<int64_t>(most, options_.max_logit_rows - options_.max_num_seqs);
   }
-  return static_cast<int>(rows);
+  int64_t rows = std::min(left, options_.whole_chunks ? most : std::min(budget, most));
+  if (options_.align_chunks && rows < left) rows -= rows % kTile;
+  return rows <= budget ? static_cast<int>(rows) : 0;
 }
 
 }  // namespace gla

@@ -21,10 +21,14 @@ struct SchedulerOptions {
   int max_num_batched_tokens = 2048;  // rows of a step; at least max_num_seqs (+ 63, see below)
   int max_prefill_chunk = 512;        // rows of one prompt in a step
   int max_logit_rows = 256;           // at least max_num_seqs (+ 63)
-  // Prompts are cut only at multiples of 64 rows from their beginning (and a single last row stands
-  // alone), for a model whose bits depend on the cut. The bounds above then need 63 more, and a
-  // chunk at least 64, so that a prompt always gets on.
+  // Prompts are cut only at multiples of 64 rows from their beginning, for a model whose bits
+  // depend on cuts elsewhere. The bounds above then need 63 more, and a chunk at least 64, so that
+  // a prompt always gets on.
   bool align_chunks = false;
+  // Prompts are cut only at multiples of max_prefill_chunk (scorings: at most max_logit_rows -
+  // max_num_seqs) rows, for a model whose bits depend on any cut. Needs max_num_seqs +
+  // max_prefill_chunk <= max_num_batched_tokens.
+  bool whole_chunks = false;
 };
 
 // The rows of one sequence in a step.

@@ -177,7 +177,10 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
     std::abort();
   }
   const int decode = decode_inputs.has_value() ? plan.num_decode : 0;
-  if (decode > 0) ForwardDecode(plan, states, sampled);
+  if (decode > 0) {
+    ForwardDecode(plan, states, sampled);
+    JudgeRows(decode, finite);
+  }
   if (decode == 0) {
     ForwardRows(plan, states, finite, 0, sampled);
   } else if (decode < plan.num_seqs()) {
@@ -190,9 +193,9 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
 void Model::Impl::ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                                  const int32_t* sampled) {
   if (std::none_of(tokens.begin(), tokens.end(), [](int32_t token) { return token < 0; })) return;
-  ResolveTokens(device, {.tokens = device_tokens,
-                         .sampled = sampled,
-                         .rows = static_cast<int>(tokens.size())});
+  ResolveTokens(
+      device,
+      {.tokens = device_tokens, .sampled = sampled, .rows = static_cast<int>(tokens.size())});
 }
 
 void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
@@ -205,12 +208,7 @@ void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finit
   ResolveSampled(plan.tokens, inputs->tokens, sampled);
   step = &*inputs;
   Layers(rows, states);
-  if (finite != nullptr) {
-    FiniteRows(device, {.x = static_cast<const float*>(residual.data),
-                        .finite = finite,
-                        .rows = rows,
-                        .dim = config.hidden_size});
-  }
+  JudgeRows(rows, finite);
   // Only the rows whose logits are wanted pay for the vocabulary.
   GatherRows(device, {.x = static_cast<const float*>(residual.data),
                       .rows = step->logit_rows,
@@ -219,6 +217,14 @@ void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finit
                       .dim = config.hidden_size});
   Norm(weights.norm, last, normed, logit_rows);
   Product(weights.lm_head, normed, logits.From(first_logit), logit_rows);
+}
+
+void Model::Impl::JudgeRows(int rows, int32_t* finite) {
+  if (finite == nullptr) return;
+  FiniteRows(device, {.x = static_cast<const float*>(residual.data),
+                      .finite = finite,
+                      .rows = rows,
+                      .dim = config.hidden_size});
 }
 
 void Model::Impl::Layers(int rows, char* states) {

@@ -48,8 +48,7 @@ struct Model::Impl {
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
 
-  const float* Forward(const StepPlan& plan, char* states, int32_t* finite,
-                       const int32_t* sampled);
+  const float* Forward(const StepPlan& plan, char* states, int32_t* finite, const int32_t* sampled);
   // All rows of the plan by the kernels of kernels.h; logits from row `first_logit` on.
   void ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
                    const int32_t* sampled);
@@ -57,6 +56,7 @@ struct Model::Impl {
   void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                       const int32_t* sampled);
   void Layers(int rows, char* states);
+  void JudgeRows(int rows, int32_t* finite);  // what the layers left in the residual stream
   // The plan's decode rows, recorded; see decode.cc.
   void ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled);
   void SetDecodeInputs(const StepPlan& plan, const int32_t* sampled);

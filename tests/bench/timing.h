@@ -24,4 +24,8 @@ double Median(std::vector<double> values);
 // memory for it.
 double CopyRate(Device& device);
 
+// Bytes per second at which all threads of the device together read what no cache holds; 0 on
+// CUDA, where a copy is the measure, and when there is no memory for it.
+double ReadRate(Device& device);
+
 }  // namespace gla::bench

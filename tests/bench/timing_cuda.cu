@@ -48,4 +48,6 @@ std::vector<double> Time(Device& device, const std::function<void()>& work, int 
   return times;
 }
 
+double ReadRate(Device&) { return 0; }
+
 }  // namespace gla::bench

@@ -135,6 +135,7 @@ struct EngineSetup {
                           .num_slots = 24,
                           .poison_freed_slots = true};
   PrefillForm prefill_form = PrefillForm::kRecurrent;
+  StateFormat state_format = StateFormat::kFloat32;
   int max_logit_rows = 96;
   std::string model_folder;  // empty: the tiny random model
   std::map<int32_t, std::string> spelt;
@@ -149,7 +150,8 @@ class TestEngine {
     const ModelOptions options = {.max_rows = setup.engine.max_num_batched_tokens,
                                   .max_seqs = setup.engine.max_num_seqs,
                                   .max_logit_rows = setup.max_logit_rows,
-                                  .prefill_form = setup.prefill_form};
+                                  .prefill_form = setup.prefill_form,
+                                  .state_format = setup.state_format};
     model_ = setup.model_folder.empty() ? MakeTinyModel(*device_, options)
                                         : LoadModel(*device_, setup.model_folder, options);
     engine_ = ValueOrDie(Engine::Create(*device_, *model_, tokenizer_, metrics_, setup.engine));

@@ -91,7 +91,7 @@ std::vector<std::vector<Outcome>> RunTogether(TestEngine& engine, const std::vec
   return outcomes;
 }
 
-class IndependenceTest : public ::testing::TestWithParam<PrefillForm> {};
+class IndependenceTest : public ::testing::TestWithParam<std::tuple<PrefillForm, StateFormat>> {};
 
 TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
   EngineSetup setup;
@@ -100,7 +100,7 @@ TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
                   .max_prefill_chunk = 70,
                   .num_slots = 24 + 64,
                   .poison_freed_slots = true};
-  setup.prefill_form = GetParam();
+  std::tie(setup.prefill_form, setup.state_format) = GetParam();
   TestEngine engine(setup);
   const std::vector<Turns> jobs = RandomJobs(128);
   std::vector<std::vector<Outcome>> alone;
@@ -122,11 +122,15 @@ TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
   EXPECT_EQ(engine.metrics().numeric_guard_trips_total.Value(), 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, IndependenceTest,
-                         ::testing::Values(PrefillForm::kRecurrent, PrefillForm::kChunkwise),
-                         [](const auto& info) {
-                           return info.param == PrefillForm::kRecurrent ? "recurrent" : "chunkwise";
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Forms, IndependenceTest,
+    ::testing::Combine(::testing::Values(PrefillForm::kRecurrent, PrefillForm::kChunkwise),
+                       ::testing::Values(StateFormat::kFloat32, StateFormat::kInt16)),
+    [](const auto& info) {
+      const bool recurrent = std::get<0>(info.param) == PrefillForm::kRecurrent;
+      return std::string(recurrent ? "recurrent" : "chunkwise") +
+             (std::get<1>(info.param) == StateFormat::kInt16 ? "_int16" : "");
+    });
 
 TEST(Independence, InTheRecurrentFormTheCutOfAPromptDoesNotShow) {
   EngineSetup coarse, fine;

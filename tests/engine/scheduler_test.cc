@@ -271,7 +271,7 @@ std::vector<int64_t> Cuts(Scheduler& scheduler, Sequence* prompt,
   return cuts;
 }
 
-TEST_F(SchedulerTest, AlignedChunksEndAtTilesAndALastRowStandsAlone) {
+TEST_F(SchedulerTest, AlignedChunksEndAtTiles) {
   for (const int length : {1, 2, 63, 64, 65, 66, 128, 129, 191, 193, 300}) {
     for (const int others : {0, 1, 5, 7}) {
       for (const int budget : {72, 100, 200, 1000}) {
@@ -289,14 +289,36 @@ TEST_F(SchedulerTest, AlignedChunksEndAtTilesAndALastRowStandsAlone) {
           if (cut < length) {
             EXPECT_EQ(cut % 64, 0) << length << " beside " << others;
           }
-          if (cut == length && length % 64 == 1) {
-            EXPECT_EQ(previous, length - 1);
-          }
           previous = cut;
         }
         EXPECT_EQ(previous, length);
       }
     }
+  }
+}
+
+TEST_F(SchedulerTest, WholeChunksAreCutAtTheSameRowsWhateverElseRuns) {
+  for (const bool align : {false, true}) {
+    std::vector<int64_t> alone;
+    for (const int others : {0, 1, 3}) {
+      Scheduler scheduler({.max_num_seqs = 4,
+                           .max_num_batched_tokens = 160,
+                           .max_prefill_chunk = 128,
+                           .max_logit_rows = 96,
+                           .align_chunks = align,
+                           .whole_chunks = true});
+      for (int i = 0; i < others; ++i) Add(scheduler, i == 1 ? 500 : 1);
+      AdmitAll(scheduler);
+      if (others > 0) Apply(scheduler.Plan());
+      Sequence* prompt = Add(scheduler, 300);
+      AdmitAll(scheduler);
+      const std::vector<int64_t> cuts = Cuts(scheduler, prompt, Apply);
+      std::vector<int64_t> distinct(cuts);
+      distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+      if (others == 0) alone = distinct;
+      EXPECT_EQ(distinct, alone) << others;
+    }
+    EXPECT_THAT(alone, ElementsAre(128, 256, 300));
   }
 }
 

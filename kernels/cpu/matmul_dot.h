@@ -1,0 +1,24 @@
+// Products of bfloat16 pairs, where the machine has an instruction for them (AVX-512 BF16).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/common.h"
+
+namespace gla {
+
+// Outputs of a panel that DotTile reads: two vectors of 16 (matmul.cc: the packed weight).
+inline constexpr int kDotPanelWidth = 32;
+inline constexpr int kMaxDotRows = 12;
+
+bool HasDotInstruction();
+
+// sums [rows, panels, 32] = x [pairs, rows] words of two neighbours along k, times panels
+// [panels, pairs, 32] of such words. Each sum is one chain over the pairs: its bits do not depend
+// on rows and panels. rows in [1, kMaxDotRows]; panels 1, or 2 with one row.
+// REQUIRES: HasDotInstruction().
+void DotTile(int rows, int panels, const uint32_t* x, const BFloat16* weight, int pairs,
+             float* sums);
+
+}  // namespace gla
