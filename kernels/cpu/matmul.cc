@@ -123,41 +123,41 @@ HWY_INLINE hn::Vec<D> LoadWeights(D d, const float* w, size_t vec) {
   return hn::Load(d, w + (2 * kOdd + vec) * hn::Lanes(d));
 }
 
-// sums [kRows, kPanels * width] = x [pairs, kRows, 2] times kPanels neighbouring panels.
-template <int kRows, int kPanels, typename W>
-HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panels, int pairs,
+// sums [kRows, width] = x [pairs, kRows, 2] times a panel. One panel at a time for a single row
+// too: two chains hide enough of the latency, and memory likes one stream better than two.
+template <int kRows, typename W>
+HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panel, int pairs,
                      float* HWY_RESTRICT sums) {
   const FloatTag d;
   using V = hn::Vec<FloatTag>;
-  constexpr int kVecs = 2 * kPanels;
   const size_t lanes = hn::Lanes(d);
   const size_t pair_size = 4 * lanes, panel_size = pair_size * static_cast<size_t>(pairs);
-  V acc[kRows][kVecs];
+  V acc[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Zero(d);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) acc[r][v] = hn::Zero(d);
   }
   const auto step = [&]<int kOdd>(const W* HWY_RESTRICT w, const float* HWY_RESTRICT xk) HWY_ATTR {
-    V weights[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      weights[v] = LoadWeights<kOdd>(d, w + v / 2 * panel_size, v % 2);
+    V weights[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      weights[v] = LoadWeights<kOdd>(d, w, v);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V xr = hn::Set(d, xk[2 * r + kOdd]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
     }
   };
-  const W* HWY_RESTRICT w = panels;
+  const W* HWY_RESTRICT w = panel;
   for (int k = 0; k < pairs; ++k, w += pair_size, x += 2 * kRows) {
     // The next panel, into the second-level cache; one row streams fast enough without.
     if constexpr (kRows > 1) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (size_t byte = 0; byte < pair_size * sizeof(W); byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + kPanels * panel_size) + byte, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + panel_size) + byte, 0, 2);
       }
     }
     step.template operator()<0>(w, x);
@@ -165,8 +165,8 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panels, 
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], d, sums + (r * kVecs + v) * lanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) hn::StoreU(acc[r][v], d, sums + (2 * r + v) * lanes);
   }
 }
 
@@ -176,13 +176,12 @@ constexpr int kMaxTileRows = 12;
 #else
 constexpr int kMaxTileRows = 6;
 #endif
-constexpr int kMaxPanels = 2;  // of a single row: enough independent chains to hide the latency
 
 int MaxTileRows() { return kMaxTileRows; }
 
 template <typename W, int kRows = kMaxTileRows>
 HWY_INLINE void TileOfRows(int rows, const float* x, const W* panel, int pairs, float* sums) {
-  if (rows == kRows) return Tile<kRows, 1>(x, panel, pairs, sums);
+  if (rows == kRows) return Tile<kRows>(x, panel, pairs, sums);
   if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, panel, pairs, sums);
 }
 
@@ -220,22 +219,18 @@ void MultiplyPanels(const MatmulArgs& a, const PackedRows& x, int tile0, int til
   const size_t panel_size = size_t{2} * width * pairs;
   const W* weight = static_cast<const W*>(a.weight->data());
   HWY_ALIGN float sums[kMaxTileRows * 2 * HWY_MAX_BYTES / sizeof(float)];
-  int step = 1;
-  for (int panel = panel0; panel < panel1; panel += step) {
-    step = a.rows == 1 ? std::min(kMaxPanels, panel1 - panel) : 1;
+  for (int panel = panel0; panel < panel1; ++panel) {
     const W* w = weight + panel * panel_size;
-    const int out0 = panel * width, n = std::min(step * width, out - out0);
+    const int out0 = panel * width, n = std::min(width, out - out0);
     for (int tile = tile0; tile < tile1; ++tile) {
       const int rows = x.tile_rows(tile);
       const X* from = x.tile<X>(tile);
       if constexpr (std::is_same_v<X, uint32_t>) {
-        DotTile(rows, step, from, w, pairs, sums);
-      } else if (step == 2) {
-        Tile<1, 2>(from, w, pairs, sums);
+        DotTile(rows, from, w, pairs, sums);
       } else {
         TileOfRows<W>(rows, from, w, pairs, sums);
       }
-      StoreTile(a, sums, step * width, x.first_row(tile), rows, out0, n);
+      StoreTile(a, sums, width, x.first_row(tile), rows, out0, n);
     }
   }
 }

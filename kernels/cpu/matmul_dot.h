@@ -14,11 +14,10 @@ inline constexpr int kMaxDotRows = 12;
 
 bool HasDotInstruction();
 
-// sums [rows, panels, 32] = x [pairs, rows] words of two neighbours along k, times panels
-// [panels, pairs, 32] of such words. Each sum is one chain over the pairs: its bits do not depend
-// on rows and panels. rows in [1, kMaxDotRows]; panels 1, or 2 with one row.
+// sums [rows, 32] = x [pairs, rows] words of two neighbours along k, times a panel [pairs, 32] of
+// such words. Each sum is one chain over the pairs: its bits do not depend on `rows`, which is in
+// [1, kMaxDotRows].
 // REQUIRES: HasDotInstruction().
-void DotTile(int rows, int panels, const uint32_t* x, const BFloat16* weight, int pairs,
-             float* sums);
+void DotTile(int rows, const uint32_t* x, const BFloat16* panel, int pairs, float* sums);
 
 }  // namespace gla
