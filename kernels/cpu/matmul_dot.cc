@@ -1,5 +1,7 @@
 #include "kernels/cpu/matmul_dot.h"
 
+#include <cstring>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -12,12 +14,12 @@ namespace {
 #define GLA_DOT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 template <int kRows>
-GLA_DOT_TARGET void Tile(const uint32_t* __restrict x, const BFloat16* __restrict panel, int pairs,
-                         float* __restrict sums) {
+GLA_DOT_TARGET void Tile(const BFloat16* __restrict x, int64_t x_stride,
+                         const BFloat16* __restrict panel, int pairs, float* __restrict sums) {
   const size_t panel_bytes = size_t{4} * kDotPanelWidth * pairs;
   const char* const w = reinterpret_cast<const char*>(panel);
   __m512 acc[kRows][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) acc[r][v] = _mm512_setzero_ps();
@@ -31,14 +33,16 @@ GLA_DOT_TARGET void Tile(const uint32_t* __restrict x, const BFloat16* __restric
       // The next panel, into the second-level cache; one row streams fast enough without.
       if (kRows > 1) __builtin_prefetch(from + panel_bytes, 0, 2);
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh xk = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[kRows * size_t(k) + r]));
+      int pair;
+      std::memcpy(&pair, x + r * x_stride + 2 * k, sizeof(pair));
+      const __m512bh xk = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xk, words[v]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + (2 * r + v) * 16, acc[r][v]);
@@ -46,9 +50,10 @@ GLA_DOT_TARGET void Tile(const uint32_t* __restrict x, const BFloat16* __restric
 }
 
 template <int kRows = kMaxDotRows>
-void TileOfRows(int rows, const uint32_t* x, const BFloat16* panel, int pairs, float* sums) {
-  if (rows == kRows) return Tile<kRows>(x, panel, pairs, sums);
-  if constexpr (kRows > 1) TileOfRows<kRows - 1>(rows, x, panel, pairs, sums);
+void TileOfRows(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
+                float* sums) {
+  if (rows == kRows) return Tile<kRows>(x, x_stride, panel, pairs, sums);
+  if constexpr (kRows > 1) TileOfRows<kRows - 1>(rows, x, x_stride, panel, pairs, sums);
 }
 
 }  // namespace
@@ -59,15 +64,16 @@ bool HasDotInstruction() {
   return has;
 }
 
-void DotTile(int rows, const uint32_t* x, const BFloat16* panel, int pairs, float* sums) {
+void DotTile(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
+             float* sums) {
   GLA_CHECK(rows >= 1 && rows <= kMaxDotRows);
-  TileOfRows(rows, x, panel, pairs, sums);
+  TileOfRows(rows, x, x_stride, panel, pairs, sums);
 }
 
 #else
 
 bool HasDotInstruction() { return false; }
-void DotTile(int, const uint32_t*, const BFloat16*, int, float*) { GLA_CHECK(false); }
+void DotTile(int, const BFloat16*, int64_t, const BFloat16*, int, float*) { GLA_CHECK(false); }
 
 #endif
 
