@@ -49,17 +49,17 @@ HWY_INLINE void AdvanceStrip(D d, const TokenBlock& b, int c, float* HWY_RESTRIC
     const float* HWY_RESTRICT k = b.k + t * b.key_dim;
     const float* HWY_RESTRICT decay = kDecay ? b.decay + t * b.key_dim : nullptr;
     V v[kVecs], o[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) v[j] = hn::LoadU(d, b.v + t * b.cols + c + j * lanes);
     for (int rep = 0; rep < b.reps; ++rep) {
       const float* HWY_RESTRICT q = b.q + (rep * b.len + t) * b.key_dim;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < kVecs; ++j) o[j] = hn::Zero(d);
       if (rep == 0) {  // the update goes with the first read-out
         for (int i = 0; i < b.key_dim; ++i) {
           const V ki = hn::Set(d, k[i]), qi = hn::Set(d, q[i]);
           float* HWY_RESTRICT row = s + i * s_stride;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int j = 0; j < kVecs; ++j) {
             V sj = hn::LoadU(d, row + j * lanes);
             if constexpr (kDecay) sj = hn::Mul(sj, hn::Set(d, decay[i]));
@@ -71,13 +71,13 @@ HWY_INLINE void AdvanceStrip(D d, const TokenBlock& b, int c, float* HWY_RESTRIC
       } else {
         for (int i = 0; i < b.key_dim; ++i) {
           const V qi = hn::Set(d, q[i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
           for (int j = 0; j < kVecs; ++j) {
             o[j] = hn::MulAdd(qi, hn::LoadU(d, s + i * s_stride + j * lanes), o[j]);
           }
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < kVecs; ++j) {
         hn::StoreU(o[j], d, b.o + (rep * b.len + t) * b.cols + c + j * lanes);
       }
@@ -90,6 +90,12 @@ void AdvanceBlock(const TokenBlock& b, float* s, int64_t s_stride) {
   const FloatTag d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   int c = 0;
+  if (b.len == 1) {  // one pass over the state: as wide as the registers let it
+    constexpr int kWide = HWY_TARGET == HWY_AVX3 ? 16 : 4;
+    for (; c + kWide * lanes <= b.cols; c += kWide * lanes) {
+      AdvanceStrip<kWide, kDecay>(d, b, c, s + c, s_stride);
+    }
+  }
   for (; c + 4 * lanes <= b.cols; c += 4 * lanes) AdvanceStrip<4, kDecay>(d, b, c, s + c, s_stride);
   for (; c + lanes <= b.cols; c += lanes) AdvanceStrip<1, kDecay>(d, b, c, s + c, s_stride);
   for (; c < b.cols; ++c) AdvanceStrip<1, kDecay>(OneFloatTag(), b, c, s + c, s_stride);

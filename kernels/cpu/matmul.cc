@@ -11,10 +11,6 @@
 // inside a panel, k-major, k padded to an even number. bfloat16: for each pair k, k + 1 and output
 // a word of 32 bits, k in its low and k + 1 in its high half: a shift or a mask gives a vector of
 // float32. float32: for each k, the 2 * L values in order.
-//
-// Packed x: tiles of rows; inside a tile, for each pair of k, the pairs of its rows, as float32 or
-// as words of two bfloat16. So a tile reads one stream, and rows a power of two apart do not fall
-// on one set of the cache.
 #include "kernels/cpu/simd_targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -22,7 +18,6 @@
 #include "hwy/foreach_target.h"
 // After foreach_target.h
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -31,78 +26,22 @@
 #include "kernels/cpu/simd-inl.h"
 #include "kernels/kernels.h"
 
-#ifndef GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
-#define GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
+#ifndef GLA_KERNELS_CPU_MATMUL_ROWS_
+#define GLA_KERNELS_CPU_MATMUL_ROWS_
 namespace gla {
 
-// The rows of x in tiles of nearly equal size: see the head of the file.
-class PackedRows {
- public:
-  PackedRows(const MatmulArgs& a, int max_tile_rows, bool is_dot)
-      : rows_(a.rows),
-        pairs_((a.weight->in() + 1) / 2),
-        num_tiles_((a.rows + max_tile_rows - 1) / max_tile_rows),
-        is_dot_(is_dot) {}
+// The rows of x as the tiles read them: float32, or (is_dot) bfloat16; an even number of k.
+struct MatmulRows {
+  int first_row(int tile) const { return static_cast<int>(int64_t{rows} * tile / num_tiles); }
 
-  bool is_dot() const { return is_dot_; }
-  int pairs() const { return pairs_; }
-  int num_tiles() const { return num_tiles_; }
-  int first_row(int tile) const { return static_cast<int>(int64_t{rows_} * tile / num_tiles_); }
-  int tile_rows(int tile) const { return first_row(tile + 1) - first_row(tile); }
-  template <typename X>  // float: two to a pair; uint32_t: one
-  const X* tile(int tile) const {
-    return static_cast<const X*>(data_) + pair_size<X>() * pairs_ * first_row(tile);
-  }
-
-  // Where the rows are to be packed, or lie as they are wanted.
-  size_t bytes() const { return (is_dot_ ? size_t{4} : size_t{8}) * pairs_ * rows_; }
-  void set_data(const void* data) { data_ = data; }
-
-  void PackTiles(const MatmulArgs& a, int64_t begin, int64_t end) const {
-    for (int tile = static_cast<int>(begin); tile < end; ++tile) {
-      if (is_dot_) {
-        PackTile<uint32_t, BFloat16>(a, tile);
-      } else if (a.x_dtype == DType::kFloat32) {
-        PackTile<float, float>(a, tile);
-      } else {
-        PackTile<float, BFloat16>(a, tile);
-      }
-    }
-  }
-
- private:
-  template <typename X>
-  static constexpr size_t pair_size() {
-    return std::is_same_v<X, float> ? 2 : 1;
-  }
-
-  template <typename X, typename T>
-  void PackTile(const MatmulArgs& a, int tile) const {
-    const int in = a.weight->in(), rows = tile_rows(tile);
-    X* const to = const_cast<X*>(this->tile<X>(tile));
-    for (int r = 0; r < rows; ++r) {
-      const T* from = static_cast<const T*>(a.x) + (first_row(tile) + r) * a.x_stride;
-      const auto store = [&](int pair, T low, T high) {
-        X* x = to + (static_cast<size_t>(pair) * rows + r) * pair_size<X>();
-        if constexpr (std::is_same_v<X, float>) {
-          x[0] = ToFloat(low);
-          x[1] = ToFloat(high);
-        } else {
-          x[0] = low.bits | static_cast<uint32_t>(high.bits) << 16;
-        }
-      };
-      for (int pair = 0; pair < in / 2; ++pair) store(pair, from[2 * pair], from[2 * pair + 1]);
-      if (in % 2 != 0) store(in / 2, from[in - 1], T{});
-    }
-  }
-
-  int rows_, pairs_, num_tiles_;
-  bool is_dot_;
-  const void* data_ = nullptr;
+  const void* data;
+  int64_t stride;  // in elements
+  int rows, num_tiles, pairs;
+  bool is_dot;
 };
 
 }  // namespace gla
-#endif  // GLA_KERNELS_CPU_MATMUL_PACKED_ROWS_
+#endif  // GLA_KERNELS_CPU_MATMUL_ROWS_
 
 HWY_BEFORE_NAMESPACE();
 namespace gla {
@@ -123,41 +62,41 @@ HWY_INLINE hn::Vec<D> LoadWeights(D d, const float* w, size_t vec) {
   return hn::Load(d, w + (2 * kOdd + vec) * hn::Lanes(d));
 }
 
-// sums [kRows, kPanels * width] = x [pairs, kRows, 2] times kPanels neighbouring panels.
-template <int kRows, int kPanels, typename W>
-HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panels, int pairs,
-                     float* HWY_RESTRICT sums) {
+// sums [kRows, width] = x [kRows, 2 * pairs] times a panel. One panel at a time for a single row
+// too: two chains hide enough of the latency, and memory likes one stream better than two.
+template <int kRows, typename W>
+HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY_RESTRICT panel,
+                     int pairs, float* HWY_RESTRICT sums) {
   const FloatTag d;
   using V = hn::Vec<FloatTag>;
-  constexpr int kVecs = 2 * kPanels;
   const size_t lanes = hn::Lanes(d);
   const size_t pair_size = 4 * lanes, panel_size = pair_size * static_cast<size_t>(pairs);
-  V acc[kRows][kVecs];
+  V acc[kRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Zero(d);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) acc[r][v] = hn::Zero(d);
   }
   const auto step = [&]<int kOdd>(const W* HWY_RESTRICT w, const float* HWY_RESTRICT xk) HWY_ATTR {
-    V weights[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      weights[v] = LoadWeights<kOdd>(d, w + v / 2 * panel_size, v % 2);
+    V weights[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      weights[v] = LoadWeights<kOdd>(d, w, v);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const V xr = hn::Set(d, xk[2 * r + kOdd]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
+      const V xr = hn::Set(d, xk[r * x_stride + kOdd]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
     }
   };
-  const W* HWY_RESTRICT w = panels;
-  for (int k = 0; k < pairs; ++k, w += pair_size, x += 2 * kRows) {
+  const W* HWY_RESTRICT w = panel;
+  for (int k = 0; k < pairs; ++k, w += pair_size, x += 2) {
     // The next panel, into the second-level cache; one row streams fast enough without.
     if constexpr (kRows > 1) {
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (size_t byte = 0; byte < pair_size * sizeof(W); byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + kPanels * panel_size) + byte, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + panel_size) + byte, 0, 2);
       }
     }
     step.template operator()<0>(w, x);
@@ -165,25 +104,26 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, const W* HWY_RESTRICT panels, 
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], d, sums + (r * kVecs + v) * lanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) hn::StoreU(acc[r][v], d, sums + (2 * r + v) * lanes);
   }
 }
 
-// As many rows as the registers hold: two accumulators a row, two weights, one x.
+// As many rows as the registers hold, with two accumulators a row; but no more than the ways of a
+// first-level cache, where rows a power of two apart fall on one set.
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_NEON
-constexpr int kMaxTileRows = 12;
+constexpr int kMaxTileRows = 8;
 #else
 constexpr int kMaxTileRows = 6;
 #endif
-constexpr int kMaxPanels = 2;  // of a single row: enough independent chains to hide the latency
 
 int MaxTileRows() { return kMaxTileRows; }
 
 template <typename W, int kRows = kMaxTileRows>
-HWY_INLINE void TileOfRows(int rows, const float* x, const W* panel, int pairs, float* sums) {
-  if (rows == kRows) return Tile<kRows, 1>(x, panel, pairs, sums);
-  if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, panel, pairs, sums);
+HWY_INLINE void TileOfRows(int rows, const float* x, int64_t x_stride, const W* panel, int pairs,
+                           float* sums) {
+  if (rows == kRows) return Tile<kRows>(x, x_stride, panel, pairs, sums);
+  if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, x_stride, panel, pairs, sums);
 }
 
 // One row's `n` outputs from `out0` on: sums, bias, what y held, in this order.
@@ -213,42 +153,55 @@ HWY_INLINE void StoreTile(const MatmulArgs& a, const float* sums, size_t sums_st
 
 // Tiles [tile0, tile1) of x times panels [panel0, panel1).
 template <typename X, typename W>
-void MultiplyPanels(const MatmulArgs& a, const PackedRows& x, int tile0, int tile1, int panel0,
+void MultiplyPanels(const MatmulArgs& a, const MatmulRows& x, int tile0, int tile1, int panel0,
                     int panel1) {
   const int width = static_cast<int>(PanelWidth());
-  const int out = a.weight->out(), pairs = x.pairs();
-  const size_t panel_size = size_t{2} * width * pairs;
-  const W* weight = static_cast<const W*>(a.weight->data());
+  const int out = a.weight->out();
+  const size_t panel_size = size_t{2} * width * x.pairs;
   HWY_ALIGN float sums[kMaxTileRows * 2 * HWY_MAX_BYTES / sizeof(float)];
-  int step = 1;
-  for (int panel = panel0; panel < panel1; panel += step) {
-    step = a.rows == 1 ? std::min(kMaxPanels, panel1 - panel) : 1;
-    const W* w = weight + panel * panel_size;
-    const int out0 = panel * width, n = std::min(step * width, out - out0);
+  for (int panel = panel0; panel < panel1; ++panel) {
+    const W* weight = static_cast<const W*>(a.weight->data()) + panel * panel_size;
+    const int out0 = panel * width, n = std::min(width, out - out0);
     for (int tile = tile0; tile < tile1; ++tile) {
-      const int rows = x.tile_rows(tile);
-      const X* from = x.tile<X>(tile);
-      if constexpr (std::is_same_v<X, uint32_t>) {
-        DotTile(rows, step, from, w, pairs, sums);
-      } else if (step == 2) {
-        Tile<1, 2>(from, w, pairs, sums);
+      const int row0 = x.first_row(tile), rows = x.first_row(tile + 1) - row0;
+      const X* from = static_cast<const X*>(x.data) + row0 * x.stride;
+      if constexpr (std::is_same_v<X, BFloat16>) {
+        DotTile(rows, from, x.stride, weight, x.pairs, sums);
       } else {
-        TileOfRows<W>(rows, from, w, pairs, sums);
+        TileOfRows<W>(rows, from, x.stride, weight, x.pairs, sums);
       }
-      StoreTile(a, sums, step * width, x.first_row(tile), rows, out0, n);
+      StoreTile(a, sums, width, row0, rows, out0, n);
     }
   }
 }
 
-void MatmulPanels(const MatmulArgs& a, const PackedRows& x, int tile0, int tile1, int panel0,
+void MatmulPanels(const MatmulArgs& a, const MatmulRows& x, int tile0, int tile1, int panel0,
                   int panel1) {
-  if (x.is_dot()) {
-    MultiplyPanels<uint32_t, BFloat16>(a, x, tile0, tile1, panel0, panel1);
+  if (x.is_dot) {
+    MultiplyPanels<BFloat16, BFloat16>(a, x, tile0, tile1, panel0, panel1);
   } else if (a.weight->dtype() == DType::kFloat32) {
     MultiplyPanels<float, float>(a, x, tile0, tile1, panel0, panel1);
   } else {
     MultiplyPanels<float, BFloat16>(a, x, tile0, tile1, panel0, panel1);
   }
+}
+
+// Rows [begin, end) of a.x to `to` [rows, x.stride], as `x` says.
+void CopyRows(const MatmulArgs& a, const MatmulRows& x, void* to, int64_t begin, int64_t end) {
+  const int in = a.weight->in();
+  const auto copy = [&]<typename From, typename To>(const From*, To* rows) {
+    for (int64_t row = begin; row < end; ++row) {
+      Convert(static_cast<const From*>(a.x) + row * a.x_stride, rows + row * x.stride, in);
+      if (in % 2 != 0) rows[row * x.stride + in] = To{};
+    }
+  };
+  WithActType(a.x_dtype, [&]<typename From>() {
+    if (x.is_dot) {
+      copy(static_cast<const From*>(nullptr), static_cast<BFloat16*>(to));
+    } else {
+      copy(static_cast<const From*>(nullptr), static_cast<float*>(to));
+    }
+  });
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
@@ -261,6 +214,7 @@ namespace gla {
 HWY_EXPORT(PanelWidth);
 HWY_EXPORT(MaxTileRows);
 HWY_EXPORT(MatmulPanels);
+HWY_EXPORT(CopyRows);
 
 namespace {
 
@@ -334,22 +288,27 @@ void Matmul(Device& device, const MatmulArgs& a) {
   const bool is_dot = a.x_dtype == DType::kBFloat16 && a.weight->dtype() == DType::kBFloat16 &&
                       width == kDotPanelWidth && HasDotInstruction();
   const int max_tile_rows = is_dot ? kMaxDotRows : HWY_DYNAMIC_DISPATCH(MaxTileRows)();
-  PackedRows x(a, max_tile_rows, is_dot);
-  if (a.rows == 1 && a.x_dtype == DType::kFloat32 && in % 2 == 0) {
-    x.set_data(a.x);
-  } else {
-    thread_local std::vector<uint64_t> packed;
-    packed.resize(std::max(packed.size(), (x.bytes() + 7) / 8));
-    x.set_data(packed.data());
-    const double tile_ns = static_cast<double>(in) * a.rows / x.num_tiles() * 5 * kCopyNs;
-    ParallelFor(device, x.num_tiles(), tile_ns,
-                [&](int64_t begin, int64_t end) { x.PackTiles(a, begin, end); });
+  MatmulRows x{.data = a.x,
+               .stride = a.x_stride,
+               .rows = a.rows,
+               .num_tiles = (a.rows + max_tile_rows - 1) / max_tile_rows,
+               .pairs = (in + 1) / 2,
+               .is_dot = is_dot};
+  const bool is_in_place = in % 2 == 0 && (is_dot || a.x_dtype == DType::kFloat32);
+  if (!is_in_place) {
+    thread_local std::vector<float> copied;
+    x.stride = 2 * x.pairs;
+    copied.resize(std::max(copied.size(), static_cast<size_t>(x.stride) * a.rows));
+    x.data = copied.data();
+    ParallelFor(device, a.rows, in * kCopyNs, [&](int64_t begin, int64_t end) {
+      HWY_DYNAMIC_DISPATCH(CopyRows)(a, x, copied.data(), begin, end);
+    });
   }
 
   // A block of rows stays in the second-level cache while the panels pass by.
   const int max_block = std::clamp(32768 / std::max(in, 1), 16, 96);
   const int block_tiles = (max_block + max_tile_rows - 1) / max_tile_rows;
-  const int num_blocks = (x.num_tiles() + block_tiles - 1) / block_tiles;
+  const int num_blocks = (x.num_tiles + block_tiles - 1) / block_tiles;
   constexpr int kGroup = 4;  // panels to an item
   const int num_groups = (num_panels + kGroup - 1) / kGroup;
   // A weight read once costs its bytes; one used by many rows the arithmetic.
@@ -363,8 +322,8 @@ void Matmul(Device& device, const MatmulArgs& a) {
                   const int group0 = static_cast<int>(begin % num_groups);
                   const int group1 =
                       static_cast<int>(std::min<int64_t>(num_groups, group0 + (end - begin)));
-                  const int tile0 = x.num_tiles() * block / num_blocks;
-                  const int tile1 = x.num_tiles() * (block + 1) / num_blocks;
+                  const int tile0 = x.num_tiles * block / num_blocks;
+                  const int tile1 = x.num_tiles * (block + 1) / num_blocks;
                   HWY_DYNAMIC_DISPATCH(MatmulPanels)
                   (a, x, tile0, tile1, group0 * kGroup, std::min(num_panels, group1 * kGroup));
                   begin += group1 - group0;

@@ -1,5 +1,7 @@
 #include "kernels/cpu/matmul_dot.h"
 
+#include <cstring>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -11,45 +13,47 @@ namespace {
 
 #define GLA_DOT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-template <int kRows, int kPanels>
-GLA_DOT_TARGET void Tile(const uint32_t* __restrict x, const BFloat16* __restrict weight, int pairs,
-                         float* __restrict sums) {
-  constexpr int kVecs = 2 * kPanels;
+template <int kRows>
+GLA_DOT_TARGET void Tile(const BFloat16* __restrict x, int64_t x_stride,
+                         const BFloat16* __restrict panel, int pairs, float* __restrict sums) {
   const size_t panel_bytes = size_t{4} * kDotPanelWidth * pairs;
-  const char* const w = reinterpret_cast<const char*>(weight);
-  __m512 acc[kRows][kVecs];
-#pragma GCC unroll 12
+  const char* const w = reinterpret_cast<const char*>(panel);
+  __m512 acc[kRows][2];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) acc[r][v] = _mm512_setzero_ps();
   }
   for (int k = 0; k < pairs; ++k) {
-    __m512bh words[kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const char* from = w + v / 2 * panel_bytes + size_t{128} * k + v % 2 * 64;
+    __m512bh words[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const char* from = w + size_t{128} * k + 64 * v;
       words[v] = (__m512bh)_mm512_load_si512(from);
       // The next panel, into the second-level cache; one row streams fast enough without.
-      if (kRows > 1) __builtin_prefetch(from + kPanels * panel_bytes, 0, 2);
+      if (kRows > 1) __builtin_prefetch(from + panel_bytes, 0, 2);
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh xk = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[kRows * size_t(k) + r]));
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xk, words[v]);
+      int pair;
+      std::memcpy(&pair, x + r * x_stride + 2 * k, sizeof(pair));
+      const __m512bh xk = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xk, words[v]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) _mm512_storeu_ps(sums + (r * kVecs + v) * 16, acc[r][v]);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + (2 * r + v) * 16, acc[r][v]);
   }
 }
 
 template <int kRows = kMaxDotRows>
-void TileOfRows(int rows, const uint32_t* x, const BFloat16* weight, int pairs, float* sums) {
-  if (rows == kRows) return Tile<kRows, 1>(x, weight, pairs, sums);
-  if constexpr (kRows > 1) TileOfRows<kRows - 1>(rows, x, weight, pairs, sums);
+void TileOfRows(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
+                float* sums) {
+  if (rows == kRows) return Tile<kRows>(x, x_stride, panel, pairs, sums);
+  if constexpr (kRows > 1) TileOfRows<kRows - 1>(rows, x, x_stride, panel, pairs, sums);
 }
 
 }  // namespace
@@ -60,17 +64,16 @@ bool HasDotInstruction() {
   return has;
 }
 
-void DotTile(int rows, int panels, const uint32_t* x, const BFloat16* weight, int pairs,
+void DotTile(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
              float* sums) {
-  GLA_CHECK(rows >= 1 && rows <= kMaxDotRows && (panels == 1 || (panels == 2 && rows == 1)));
-  if (panels == 2) return Tile<1, 2>(x, weight, pairs, sums);
-  TileOfRows(rows, x, weight, pairs, sums);
+  GLA_CHECK(rows >= 1 && rows <= kMaxDotRows);
+  TileOfRows(rows, x, x_stride, panel, pairs, sums);
 }
 
 #else
 
 bool HasDotInstruction() { return false; }
-void DotTile(int, int, const uint32_t*, const BFloat16*, int, float*) { GLA_CHECK(false); }
+void DotTile(int, const BFloat16*, int64_t, const BFloat16*, int, float*) { GLA_CHECK(false); }
 
 #endif
 

@@ -10,15 +10,15 @@ namespace gla {
 
 // Outputs of a panel that DotTile reads: two vectors of 16 (matmul.cc: the packed weight).
 inline constexpr int kDotPanelWidth = 32;
-inline constexpr int kMaxDotRows = 12;
+inline constexpr int kMaxDotRows = 8;
 
 bool HasDotInstruction();
 
-// sums [rows, panels, 32] = x [pairs, rows] words of two neighbours along k, times panels
-// [panels, pairs, 32] of such words. Each sum is one chain over the pairs: its bits do not depend
-// on rows and panels. rows in [1, kMaxDotRows]; panels 1, or 2 with one row.
+// sums [rows, 32] = x [rows, 2 * pairs] times a panel [pairs, 32] of words of two neighbours along
+// k. Each sum is one chain over the pairs: its bits do not depend on `rows`, which is in
+// [1, kMaxDotRows].
 // REQUIRES: HasDotInstruction().
-void DotTile(int rows, int panels, const uint32_t* x, const BFloat16* weight, int pairs,
+void DotTile(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
              float* sums);
 
 }  // namespace gla

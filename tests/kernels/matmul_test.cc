@@ -114,7 +114,7 @@ TEST(Matmul, ARowsBitsDependOnNothingButTheRow) {
   struct Shape {
     int in, out;
   };
-  for (const Shape& s : {Shape{64, 80}, Shape{256, 136}, Shape{40, 24}}) {
+  for (const Shape& s : {Shape{64, 80}, Shape{256, 136}, Shape{40, 24}, Shape{37, 70}}) {
     for (const Types& types : AllTypes()) {
       const int most = 300;
       const auto x = Normal(most * s.in, 1, 9);
