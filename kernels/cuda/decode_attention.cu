@@ -2,15 +2,15 @@
 // that reads and writes each state once.
 //
 // A block has a (sequence, state head, 64 columns of V); the blocks of a head are a cluster, which
-// adds up the squares for the norm. The tile of the state lies in registers: eight lanes share a
-// row of 64 columns, 32 rows are side by side, so a thread has every 32nd row and eight columns.
-// With int16 states these are the 16 bytes of one load, and the eight lanes find their row's scale.
+// adds up the squares for the norm. The tile of the state goes to shared memory by asynchronous
+// copies, all of them under way before the kernel ahead has ended: the state's last writer, this
+// kernel in the step before, is far behind (launch.cuh). Each thread copies the 16 bytes that it
+// will work on itself, so it waits for no other thread, and rows leave while later rows still
+// arrive. Of float32, 16 lanes share the 64 columns of a row; of int16, 8, which find its scale.
+// (The copies carry no cache hint: with one, CUDA 13.0 made copies that an H100 found illegal.)
 //
-// The order of every sum is fixed by K and V: down a thread's rows, over four rows by shuffles,
-// over eight warps through shared memory. The state is loaded before the kernel ahead has ended:
-// its last writer, this kernel in the step before, is far behind (launch.cuh).
-#include <cooperative_groups.h>
-
+// The order of every sum is fixed by K and V: down a thread's rows, over the rows of a warp by
+// shuffles, over the warps and then over the blocks of a head through shared memory.
 #include "kernels/cuda/decode_entry.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/state_format.cuh"
@@ -18,17 +18,20 @@
 namespace gla {
 namespace {
 
-namespace cg = cooperative_groups;
+constexpr int kTile = kStateTile;  // columns of V
+constexpr int kRank = 16;          // of the gate's product
+constexpr int kMostGroup = 8;      // query heads of a state
+constexpr int kMostKeys = 512;     // whose tile fits in shared memory
+constexpr int kMostTiles = 16;     // blocks of a cluster
+constexpr int kParts = 4;          // into which the copies of a tile are cut
 
-constexpr int kThreads = 256;
-constexpr int kTile = 64;                       // columns of V
-constexpr int kLanes = 8;                       // of a row
-constexpr int kSideBySide = kThreads / kLanes;  // rows
-constexpr int kRank = 16;                       // of the gate's product
-constexpr int kMostGroup = 8;                   // query heads of a state
+// x * ceil(2^36 / d) >> 36 is x / d for x * d <= 2^36.
+constexpr int kInverseBits = 36, kMostHeads = 256;
 
 struct Parameters {
   DecodeAttentionArgs a;
+  // Of tiles, state heads, and those of them that share a key/value head.
+  uint64_t inverse_tiles, inverse_heads, inverse_share;
   const bf16* gate_weight;  // [G * K, kRank]
   int64_t scales_at;        // int16: bytes from a state to its scales
   float clamp_min;
@@ -36,355 +39,534 @@ struct Parameters {
   int group, tiles;
 };
 
-// The first of a thread's columns 4 .. 7; those before follow `first`. float32 lanes stand side by
-// side in two halves of a row, so that each load is 128 neighbouring bytes.
-template <StateFormat kFormat>
-struct Columns {
-  static constexpr bool kHalves = kFormat == StateFormat::kFloat32;
-  __device__ static int First(int lane) { return kHalves ? 4 * lane : 8 * lane; }
-  __device__ static int Second(int lane) { return kHalves ? 32 + 4 * lane : 8 * lane + 4; }
-};
+// ---- Asynchronous copies ------------------------------------------------------------------------
 
-// A state's row piece of this thread.
-template <StateFormat kFormat>
-struct RowStore;
+__device__ inline uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
-template <>
-struct RowStore<StateFormat::kFloat32> {
-  struct Raw {
-    float4 x[2];
-  };
-  __device__ static Raw Load(const char* state, const Parameters&, int64_t row, int column,
-                             int lane, int value_dim) {
-    const float* at = reinterpret_cast<const float*>(state) + row * value_dim + column + 4 * lane;
-    return {{__ldcs(reinterpret_cast<const float4*>(at)),
-             __ldcs(reinterpret_cast<const float4*>(at + 32))}};
+// kBytes, zeros in their place when there is nothing to read.
+template <int kBytes>
+__device__ void CopyAsync(void* to, const void* from, bool exists) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)),
+                 "l"(from), "r"(exists ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(to)), "l"(from),
+                 "r"(exists ? 4 : 0)
+                 : "memory");
   }
-  __device__ static void Unpack(const Raw& raw, float (&s)[8]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      s[4 * i] = raw.x[i].x, s[4 * i + 1] = raw.x[i].y;
-      s[4 * i + 2] = raw.x[i].z, s[4 * i + 3] = raw.x[i].w;
-    }
-  }
-  __device__ static void Save(char* state, const Parameters&, int64_t row, int column, int lane,
-                              int value_dim, const float (&s)[8], bool is_row) {
-    if (!is_row) return;
-    float* at = reinterpret_cast<float*>(state) + row * value_dim + column + 4 * lane;
-    __stcs(reinterpret_cast<float4*>(at), float4{s[0], s[1], s[2], s[3]});
-    __stcs(reinterpret_cast<float4*>(at + 32), float4{s[4], s[5], s[6], s[7]});
-  }
-};
+}
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last `count` groups of this thread have arrived.
+template <int kCount>
+__device__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
+}
 
-template <>
-struct RowStore<StateFormat::kInt16> {
-  struct Raw {
-    uint4 x;
-    float scale;
-  };
-  __device__ static const float* ScaleAt(const char* state, const Parameters& p, int64_t row,
-                                         int column, int value_dim) {
-    return reinterpret_cast<const float*>(state + p.scales_at) + row * (value_dim / kTile) +
-           column / kTile;
-  }
-  __device__ static Raw Load(const char* state, const Parameters& p, int64_t row, int column,
-                             int lane, int value_dim) {
-    const int16_t* at =
-        reinterpret_cast<const int16_t*>(state) + row * value_dim + column + 8 * lane;
-    return {__ldcs(reinterpret_cast<const uint4*>(at)),
-            __ldcs(ScaleAt(state, p, row, column, value_dim))};
-  }
-  __device__ static void Unpack(const Raw& raw, float (&s)[8]) {
-    const uint32_t words[4] = {raw.x.x, raw.x.y, raw.x.z, raw.x.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[2 * i] = static_cast<float>(static_cast<int16_t>(words[i] & 0xFFFF)) * raw.scale;
-      s[2 * i + 1] = static_cast<float>(static_cast<int32_t>(words[i]) >> 16) * raw.scale;
-    }
-  }
-  __device__ static void Save(char* state, const Parameters& p, int64_t row, int column, int lane,
-                              int value_dim, const float (&s)[8], bool is_row) {
-    const Int16Scale scale = Int16Scale::Of(LargestOfRow(s));
-    if (!is_row) return;
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[i] = (static_cast<uint32_t>(scale.Round(s[2 * i])) & 0xFFFF) |
-                 static_cast<uint32_t>(scale.Round(s[2 * i + 1])) << 16;
-    }
-    int16_t* at = reinterpret_cast<int16_t*>(state) + row * value_dim + column + 8 * lane;
-    __stcs(reinterpret_cast<uint4*>(at), uint4{words[0], words[1], words[2], words[3]});
-    if (lane == 0) {
-      __stcs(const_cast<float*>(ScaleAt(state, p, row, column, value_dim)), scale.scale);
-    }
-  }
-  // Bits of the largest absolute value of the row's eight lanes: as integers NaN > inf > numbers.
-  __device__ static uint32_t LargestOfRow(const float (&s)[8]) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(s[i]) & 0x7FFFFFFFu);
-#pragma unroll
-    for (int mask = 1; mask < kLanes; mask *= 2) {
-      largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, mask));
-    }
-    return largest;
-  }
-};
+// ---- Clusters -----------------------------------------------------------------------------------
 
-struct Shared {
-  float partial[kThreads / 32][kTile];
-  float output[kMostGroup][kTile];
-  float squares[kMostGroup];
-};
-
-__device__ inline void LoadBf16(const bf16* from, float (&x)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+// Until every block of the cluster has come here, with what it did to its barriers.
+__device__ inline void MeetCluster() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+}
+// A barrier that opens once when `bytes` bytes have been sent to it.
+__device__ inline void ExpectBytes(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// x to where the block of this rank has `to`, and word of it to its barrier.
+__device__ inline void SendToRank(float* to, uint64_t* barrier, int rank, float x) {
+  uint32_t remote_to, remote_barrier;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_to) : "r"(SharedAddress(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(remote_barrier)
+      : "r"(SharedAddress(barrier)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_to),
+      "r"(__float_as_uint(x)), "r"(remote_barrier)
+      : "memory");
+}
+__device__ inline void WaitForBytes(uint64_t* barrier) {
+  uint32_t is_open = 0;
+  while (is_open == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred open;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 open, [%1], 0;\n"
+        "selp.u32 %0, 1, 0, open;\n"
+        "}"
+        : "=r"(is_open)
+        : "r"(SharedAddress(barrier))
+        : "memory");
   }
 }
 
-// Blocks of a multiprocessor: with them 128 KiB of float32 states are on their way.
-constexpr int BlocksFor(int rows) { return rows <= 4 ? 4 : rows <= 8 ? 2 : 1; }
+// ---- The two formats ----------------------------------------------------------------------------
 
-// kRows: rows of a thread, K <= 32 kRows.
-template <StateFormat kFormat, int kRows>
-__global__ void __launch_bounds__(kThreads, BlocksFor(kRows))
-    DecodeAttentionKernel(const Parameters p) {
-  using Store = RowStore<kFormat>;
-  extern __shared__ __align__(16) float dynamic[];  // decay [K], k [K], q [group][K]
-  __shared__ Shared shared;
+__device__ inline void Widen(uint32_t pair, float* x) {
+  x[0] = __uint_as_float(pair << 16), x[1] = __uint_as_float(pair & 0xFFFF0000u);
+}
+template <int kCount>
+__device__ void LoadBf16(const bf16* from, float (&x)[kCount]) {
+  if constexpr (kCount == 4) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
+    Widen(raw.x, x), Widen(raw.y, x + 2);
+  } else {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    Widen(raw.x, x), Widen(raw.y, x + 2), Widen(raw.z, x + 4), Widen(raw.w, x + 6);
+  }
+}
+
+// A lane's 16 bytes of a row.
+template <StateFormat kFormat>
+struct Piece;
+
+template <>
+struct Piece<StateFormat::kFloat32> {
+  static constexpr int kColumns = 4;
+  __device__ static void Unpack(uint4 raw, float, float (&s)[4]) {
+    s[0] = __uint_as_float(raw.x), s[1] = __uint_as_float(raw.y);
+    s[2] = __uint_as_float(raw.z), s[3] = __uint_as_float(raw.w);
+  }
+};
+
+template <>
+struct Piece<StateFormat::kInt16> {
+  static constexpr int kColumns = 8;
+  // 2^23 + 2^15 + x has x + 2^15 in its low bits. (Conversion instructions run at a quarter of the
+  // speed.)
+  static constexpr float kBias = 8388608.0f + 32768.0f;
+  __device__ static void Unpack(uint4 raw, float scale, float (&s)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t biased = words[i] ^ 0x80008000u;
+      const float low = __uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7610)) - kBias;
+      const float high = __uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7632)) - kBias;
+      s[2 * i] = low * scale, s[2 * i + 1] = high * scale;
+    }
+  }
+  struct Packed {
+    uint4 words;
+    float scale;
+  };
+  // `size`: the largest of the row, NaN when there is a NaN.
+  __device__ static Packed Pack(const float (&s)[8], float size) {
+    // Quotients as division rounds them (tried for every mantissa), without its special cases.
+    constexpr float kMost = 32767.0f;
+    float scale = size * (1.0f / kMost);
+    scale = fmaf(fmaf(-scale, kMost, size), 1.0f / kMost, scale);
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(size));
+    const float reciprocal = fmaf(fmaf(-size, inverse, 1.0f), inverse, inverse);
+    inverse = kMost * reciprocal;
+    inverse = fmaf(fmaf(-size, inverse, kMost), reciprocal, inverse);
+    if (!(size >= 0x1p-100f && size < 0x1p100f)) {
+      const Int16Scale unusual = Int16Scale::Of(__float_as_uint(size));
+      scale = unusual.scale, inverse = unusual.inverse;
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i] = __byte_perm(Round(s[2 * i], inverse), Round(s[2 * i + 1], inverse), 0x5410);
+      if (inverse == 0) words[i] = 0;  // also where a value is NaN
+    }
+    return {{words[0], words[1], words[2], words[3]}, scale};
+  }
+  // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+  __device__ static uint32_t Round(float x, float inverse) {
+    return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 0x1.8p23f));
+  }
+  // The largest size in the row, of its eight lanes; NaN when there is a NaN.
+  __device__ static float Largest(const float (&s)[8]) {
+    float largest = fabsf(s[0]);
+#pragma unroll
+    for (int i = 1; i < 8; ++i) largest = Larger(largest, fabsf(s[i]));
+#pragma unroll
+    for (int mask = 1; mask < kTile / kColumns; mask *= 2) {
+      largest = Larger(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, mask));
+    }
+    return largest;
+  }
+  __device__ static float Larger(float x, float y) {
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(y));
+    return x;
+  }
+};
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+struct KeyRow {
+  float decay, key;
+};
+
+// What makes a key's gate.
+struct GateRow {
+  uint4 weight[2];
+  float bias;
+
+  __device__ void Load(const Parameters& p, int64_t row) {
+    const uint4* from = reinterpret_cast<const uint4*>(p.gate_weight + row * kRank);
+    weight[0] = __ldg(from), weight[1] = __ldg(from + 1);
+    bias = p.a.gate_bias == nullptr ? 0.0f : __ldg(p.a.gate_bias + row);
+  }
+  __device__ float Product(const float (&in)[kRank]) const {
+    float sum = bias;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t words[4] = {weight[half].x, weight[half].y, weight[half].z, weight[half].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float w[2];
+        Widen(words[j], w);
+        sum = fmaf(in[8 * half + 2 * j], w[0], sum);
+        sum = fmaf(in[8 * half + 2 * j + 1], w[1], sum);
+      }
+    }
+    return sum;
+  }
+};
+
+// Dynamic shared memory, in bytes from its start.
+template <StateFormat kFormat, int kThreads, int kGroup>
+struct Layout {
+  int rows, queries, scales, partial, squares, barrier, total;
+
+  __host__ __device__ explicit Layout(int key_dim)
+      : rows(key_dim * kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2)),  // KeyRow [K]
+        queries(rows + key_dim * static_cast<int>(sizeof(KeyRow))),          // [K][kGroup]
+        scales(queries + key_dim * kGroup * 4),                              // [K]
+        partial(scales + (kFormat == StateFormat::kInt16 ? RoundUp(key_dim, 4) * 4 : 0)),
+        squares(partial + kThreads / 32 * kGroup * kTile * 4),  // [kGroup][tiles]
+        barrier(squares + kGroup * kMostTiles * 4),
+        total(barrier + 8) {}
+};
+
+// kGroup: at least the query heads of a state. kBlocks: on a multiprocessor, as registers allow.
+template <StateFormat kFormat, int kThreads, int kGroup, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const Parameters p) {
+  using Piece = Piece<kFormat>;
+  constexpr bool kIsInt16 = kFormat == StateFormat::kInt16;
+  constexpr int kColumns = Piece::kColumns, kLanes = kTile / kColumns;
+  constexpr int kSideBySide = kThreads / kLanes;  // rows
+  constexpr int kWarps = kThreads / 32;
+  constexpr int kElementBytes = 16 / kColumns;
+  extern __shared__ __align__(16) char shared[];
   const DecodeAttentionArgs& a = p.a;
-  const int id = threadIdx.x, lane = id % kLanes, row0 = id / kLanes;
-  const int tile = static_cast<int>(blockIdx.x % p.tiles);
-  const int head = static_cast<int>(blockIdx.x / p.tiles % a.state_heads);
-  const int64_t seq = blockIdx.x / p.tiles / a.state_heads;
-  const int kv_head = head / (a.state_heads / a.num_kv_heads);
-  const int key_dim = a.key_dim, column = tile * kTile;
-  float* const decays = dynamic;
-  float* const keys = decays + key_dim;
-  float* const queries = keys + key_dim;
+  const Layout<kFormat, kThreads, kGroup> layout(a.key_dim);
+  KeyRow* const key_rows = reinterpret_cast<KeyRow*>(shared + layout.rows);
+  float* const queries = reinterpret_cast<float*>(shared + layout.queries);
+  float* const scales = reinterpret_cast<float*>(shared + layout.scales);
+  float* const partial = reinterpret_cast<float*>(shared + layout.partial);
+  float* const squares = reinterpret_cast<float*>(shared + layout.squares);
+  uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared + layout.barrier);
+
+  const int id = threadIdx.x, warp = id / 32, lane = id % 32;
+  const uint64_t cluster = blockIdx.x * p.inverse_tiles >> kInverseBits;
+  const int tile = static_cast<int>(blockIdx.x - cluster * p.tiles);  // rank in the cluster
+  const int64_t seq = static_cast<int64_t>(cluster * p.inverse_heads >> kInverseBits);
+  const int head = static_cast<int>(cluster - seq * a.state_heads);
+  const int kv_head = static_cast<int>(head * p.inverse_share >> kInverseBits);
+  const int key_dim = a.key_dim, value_dim = a.value_dim;
+  const int column = id % kLanes * kColumns, row0 = id / kLanes;
+  const bool has_columns = tile * kTile + column < value_dim;
 
   // What the kernel ahead does not touch: slots, state, the gate's weights.
   const int read = a.read_slots[seq], write = a.write_slots[seq];
-  typename Store::Raw raw[kRows];
-  const int64_t first_row = int64_t{head} * key_dim;
-  if (read >= 0) {
-    const char* const from = static_cast<const char*>(a.state) + read * a.state_stride;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int k = row0 + i * kSideBySide;
-      if (k < key_dim) raw[i] = Store::Load(from, p, first_row + k, column, lane, a.value_dim);
+  const int64_t piece_at =
+      ((int64_t{head} * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
+  const int64_t row_step = int64_t{kSideBySide} * value_dim * kElementBytes;
+  char* const mine = shared + 16 * id;  // of the first row; 16 kThreads bytes to the next
+  const unsigned passes = CeilDiv<unsigned>(key_dim, kSideBySide);
+  {
+    const char* const state =
+        static_cast<const char*>(a.state) + (read < 0 ? 0 : read * a.state_stride);
+    if constexpr (kIsInt16) {
+      const float* from = reinterpret_cast<const float*>(state + p.scales_at) +
+                          int64_t{head} * key_dim * p.tiles + tile;
+#pragma unroll 1
+      for (int k = id; k < key_dim; k += kThreads) {
+        CopyAsync<4>(scales + k, from + int64_t{k} * p.tiles, read >= 0);
+      }
+      CommitCopies();
+    }
+    const char* from = state + piece_at;
+#pragma unroll 1
+    for (unsigned part = 0; part < kParts; ++part) {
+#pragma unroll 4
+      for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) {
+        if (row0 + i * kSideBySide < key_dim) {
+          CopyAsync<16>(mine + i * 16 * kThreads, from, read >= 0 && has_columns);
+        }
+        from += row_step;
+      }
+      CommitCopies();
     }
   }
-  constexpr int kGates = CeilDiv(32 * kRows, kThreads);  // of a thread
-  uint4 gate_weight[kGates][2];
-  float gate_bias[kGates];
-  if (a.gate_kind == GateKind::kPerKey) {
-#pragma unroll
-    for (int i = 0; i < kGates; ++i) {
-      const int k = id + i * kThreads;
-      if (k >= key_dim) break;
-      const int64_t row = int64_t{kv_head} * key_dim + k;
-      const uint4* from = reinterpret_cast<const uint4*>(p.gate_weight + row * kRank);
-      gate_weight[i][0] = __ldg(from), gate_weight[i][1] = __ldg(from + 1);
-      gate_bias[i] = a.gate_bias == nullptr ? 0.0f : __ldg(a.gate_bias + row);
-    }
+  GateRow gate_row;  // of this thread's first key
+  const bool has_gate_rows = a.gate_kind == GateKind::kPerKey;
+  if (has_gate_rows && id < key_dim) gate_row.Load(p, int64_t{kv_head} * key_dim + id);
+  const bool shares_squares = a.normalize && p.tiles > 1;
+  if (shares_squares) {
+    if (id == 0) ExpectBytes(barrier, p.tiles * p.group * static_cast<int>(sizeof(float)));
+    MeetCluster();
   }
   WaitForPrevious();
   AllowNext();
 
-  const bool is_padding = read < 0 && write < 0;
-  float v[8];
+  float v[kColumns] = {};
+  if (has_columns) {
+    LoadBf16(static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * value_dim +
+                 tile * kTile + column,
+             v);
+  }
   {
-    const bf16* from =
-        static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * a.value_dim + column;
-    const float4 low = LoadFour(from + Columns<kFormat>::First(lane));
-    const float4 high = LoadFour(from + Columns<kFormat>::Second(lane));
-    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-  }
-  for (int i = 8 * id; i < (1 + p.group) * key_dim; i += 8 * kThreads) {
-    const bf16* from;
-    if (i < key_dim) {
-      from = static_cast<const bf16*>(a.k) + seq * a.k_stride + int64_t{kv_head} * key_dim + i;
-    } else {
-      from = static_cast<const bf16*>(a.q) + seq * a.q_stride + int64_t{head} * p.group * key_dim +
-             (i - key_dim);
+    const bf16* const k_row =
+        static_cast<const bf16*>(a.k) + seq * a.k_stride + int64_t{kv_head} * key_dim;
+    const bf16* const q_rows =
+        static_cast<const bf16*>(a.q) + seq * a.q_stride + int64_t{head} * p.group * key_dim;
+    float in[kRank], step_decay = 1;
+    if (has_gate_rows) {
+      const bf16* from = static_cast<const bf16*>(a.gate_in) + seq * a.gate_in_stride;
+      const uint4 low = *reinterpret_cast<const uint4*>(from);
+      const uint4 high = *reinterpret_cast<const uint4*>(from + 8);
+      Widen(low.x, in), Widen(low.y, in + 2), Widen(low.z, in + 4), Widen(low.w, in + 6);
+      Widen(high.x, in + 8), Widen(high.y, in + 10), Widen(high.z, in + 12), Widen(high.w, in + 14);
+    } else if (a.gate_kind == GateKind::kConstant) {
+      step_decay = expf(a.decay[head]);
+    } else if (a.gate_kind == GateKind::kScalar) {
+      step_decay = expf(a.gate[seq * a.gate_stride + kv_head]);
     }
-    float x[8];
-    LoadBf16(from, x);
-    StoreFour(keys + i, {x[0], x[1], x[2], x[3]});
-    StoreFour(keys + i + 4, {x[4], x[5], x[6], x[7]});
-  }
-  if (a.gate_kind == GateKind::kPerKey) {
-    const bf16* from = static_cast<const bf16*>(a.gate_in) + seq * a.gate_in_stride;
-    float in[2][8];
-    LoadBf16(from, in[0]);
-    LoadBf16(from + 8, in[1]);
+#pragma unroll 1
+    for (int k = id; k < key_dim; k += kThreads) {
+      const float key = ToFloat(k_row[k]);
+      float q[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGates; ++i) {
-      const int k = id + i * kThreads;
-      if (k >= key_dim) break;
-      float sum = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 w = gate_weight[i][half];
-        const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sum = fmaf(in[half][2 * j], __uint_as_float(words[j] << 16), sum);
-          sum = fmaf(in[half][2 * j + 1], __uint_as_float(words[j] & 0xFFFF0000u), sum);
-        }
+      for (int g = 0; g < kGroup; ++g) {
+        q[g] = g < p.group ? ToFloat(q_rows[int64_t{g} * key_dim + k]) : 0.0f;
       }
-      const float x = sum + gate_bias[i];
-      // As in gate.cu: selections, because fminf and fmaxf would swallow a NaN.
-      float gate = ((x > 0 ? 0.0f : x) - log1pf(expf(-fabsf(x)))) / a.gate_normalizer;
-      if (p.clamps && gate < p.clamp_min) gate = p.clamp_min;
-      decays[k] = expf(gate);
+      float decay = step_decay;
+      if (has_gate_rows) {
+        if (k != id) gate_row.Load(p, int64_t{kv_head} * key_dim + k);
+        const float x = gate_row.Product(in);
+        // As in gate.cu: selections, because fminf and fmaxf would swallow a NaN.
+        float gate = ((x > 0 ? 0.0f : x) - log1pf(expf(-fabsf(x)))) / a.gate_normalizer;
+        if (p.clamps && gate < p.clamp_min) gate = p.clamp_min;
+        decay = expf(gate);
+      }
+      key_rows[k] = {decay, key};
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) queries[k * kGroup + g] = q[g];
     }
-  } else {
-    float decay = 1;
-    if (a.gate_kind == GateKind::kConstant) decay = expf(a.decay[head]);
-    if (a.gate_kind == GateKind::kScalar) decay = expf(a.gate[seq * a.gate_stride + kv_head]);
-    for (int k = id; k < key_dim; k += kThreads) decays[k] = decay;
   }
+  // What the end needs, long before it is needed: two neighbouring columns of a head to a lane.
+  constexpr int kHeads = CeilDiv(kGroup, kWarps);  // of a warp
+  const int end_column = tile * kTile + 2 * lane;
+  const bool has_end = end_column < value_dim;
+  const auto at_end = [&](int g) {  // in a row of H heads
+    return (int64_t{head} * p.group + g) * value_dim + end_column;
+  };
+  uint32_t output_gate[kHeads] = {};
+  float2 norm_weight = {1, 1};
+  if (has_end) {
+    if (a.norm_weight != nullptr && warp < p.group) {
+      norm_weight = __ldg(reinterpret_cast<const float2*>(a.norm_weight + end_column));
+    }
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      const int g = warp + i * kWarps;
+      if (g >= p.group || a.output_gate == nullptr) break;
+      output_gate[i] = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(a.output_gate) +
+                                                          seq * a.output_gate_stride + at_end(g));
+    }
+  }
+  if constexpr (kIsInt16) WaitForCopies<kParts>();
   __syncthreads();
 
-  float state[kRows][8];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  float o[kGroup][kColumns] = {};
+  const bool writes = write >= 0 && has_columns;
+  char* const state = static_cast<char*>(a.state) + (write < 0 ? 0 : write * a.state_stride);
+  char* to = state + piece_at;
+  const auto step = [&](int i) {
     const int k = row0 + i * kSideBySide;
-    const bool is_row = k < key_dim;
-    if (read >= 0 && is_row) {
-      Store::Unpack(raw[i], state[i]);
-    } else {
+    if (k < key_dim) {  // the same for a whole warp
+      const uint4 raw = *reinterpret_cast<const uint4*>(mine + i * 16 * kThreads);
+      const KeyRow row = key_rows[k];
+      float s[kColumns];
+      Piece::Unpack(raw, kIsInt16 ? scales[k] : 0.0f, s);
 #pragma unroll
-      for (int c = 0; c < 8; ++c) state[i][c] = 0;
-    }
-    const float decay = is_row ? decays[k] : 0.0f, key = is_row ? keys[k] : 0.0f;
+      for (int c = 0; c < kColumns; ++c) s[c] = fmaf(row.decay, s[c], row.key * v[c]);
 #pragma unroll
-    for (int c = 0; c < 8; ++c) state[i][c] = fmaf(decay, state[i][c], is_row ? key * v[c] : 0.0f);
-    if (write >= 0) {
-      Store::Save(static_cast<char*>(a.state) + write * a.state_stride, p, first_row + k, column,
-                  lane, a.value_dim, state[i], is_row);
-    }
-  }
-
-  for (int g = 0; g < p.group; ++g) {
-    float o[8] = {};
+      for (int g = 0; g < kGroup; ++g) {
+        const float q = queries[k * kGroup + g];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int k = row0 + i * kSideBySide;
-      if (k >= key_dim) break;
-      const float q = queries[g * key_dim + k];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) o[c] = fmaf(q, state[i][c], o[c]);
-    }
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      o[c] += __shfl_xor_sync(0xFFFFFFFFu, o[c], 8);
-      o[c] += __shfl_xor_sync(0xFFFFFFFFu, o[c], 16);
-    }
-    if (g > 0) __syncthreads();  // `partial` has been read
-    if (id % 32 < kLanes) {
-      float* to = shared.partial[id / 32];
-      StoreFour(to + Columns<kFormat>::First(lane), {o[0], o[1], o[2], o[3]});
-      StoreFour(to + Columns<kFormat>::Second(lane), {o[4], o[5], o[6], o[7]});
-    }
-    __syncthreads();
-    if (id < 32) {
-      float squares = 0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int c = id + 32 * half;
-        float sum = shared.partial[0][c];
-#pragma unroll
-        for (int w = 1; w < kThreads / 32; ++w) sum += shared.partial[w][c];
-        sum *= a.scale;
-        shared.output[g][c] = sum;
-        squares = fmaf(sum, sum, squares);
+        for (int c = 0; c < kColumns; ++c) o[g][c] = fmaf(q, s[c], o[g][c]);
       }
-      squares = WarpSum(squares);
-      if (id == 0) shared.squares[g] = squares;
+      if constexpr (kIsInt16) {
+        const auto packed = Piece::Pack(s, Piece::Largest(s));
+        if (writes) __stcs(reinterpret_cast<uint4*>(to), packed.words);
+        __syncwarp();  // its lanes have read the old one
+        if (lane % kLanes == 0) scales[k] = packed.scale;
+      } else {
+        if (writes) __stcs(reinterpret_cast<float4*>(to), float4{s[0], s[1], s[2], s[3]});
+      }
     }
+    to += row_step;
+  };
+#pragma unroll 1
+  for (unsigned part = 0; part < kParts; ++part) {
+    if (part == 0) WaitForCopies<3>();
+    if (part == 1) WaitForCopies<2>();
+    if (part == 2) WaitForCopies<1>();
+    if (part == 3) WaitForCopies<0>();
+#pragma unroll 2
+    for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) step(i);
   }
-  cg::cluster_group cluster = cg::this_cluster();
-  cluster.sync();  // of one block: a barrier
 
-  for (int i = id; i < p.group * kTile; i += kThreads) {
-    const int g = i / kTile, c = i % kTile;
-    float x = shared.output[g][c];
-    if (a.normalize) {
-      float squares = 0;
-      for (int t = 0; t < p.tiles; ++t) squares += *cluster.map_shared_rank(&shared.squares[g], t);
-      x *= 1.0f / sqrtf(squares / static_cast<float>(a.value_dim) + a.eps);
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      for (int mask = kLanes; mask < 32; mask *= 2) {
+        o[g][c] += __shfl_xor_sync(0xFFFFFFFFu, o[g][c], mask);
+      }
     }
-    if (a.norm_weight != nullptr) x *= __ldg(a.norm_weight + column + c);
-    const int64_t at = (int64_t{head} * p.group + g) * a.value_dim + column + c;
-    if (a.output_gate != nullptr) {
-      x *= Silu(ToFloat(static_cast<const bf16*>(a.output_gate)[seq * a.output_gate_stride + at]));
+    if (lane < kLanes) {
+      float* const part = partial + (warp * kGroup + g) * kTile + column;
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 4) {
+        StoreFour(part + c, {o[g][c], o[g][c + 1], o[g][c + 2], o[g][c + 3]});
+      }
     }
-    static_cast<bf16*>(a.y)[seq * a.y_stride + at] = FromFloat<bf16>(is_padding ? 0.0f : x);
   }
-  cluster.sync();  // the others have read this block's squares
+  __syncthreads();
+  if (kIsInt16 && write >= 0) {
+    float* const scales_to =
+        reinterpret_cast<float*>(state + p.scales_at) + int64_t{head} * key_dim * p.tiles + tile;
+#pragma unroll 1
+    for (int k = id; k < key_dim; k += kThreads)
+      __stcs(scales_to + int64_t{k} * p.tiles, scales[k]);
+  }
+
+  // A warp to a query head.
+  float2 x[kHeads] = {};
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int g = warp + i * kWarps;
+    if (g >= p.group) break;
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 part =
+          *reinterpret_cast<const float2*>(partial + (w * kGroup + g) * kTile + 2 * lane);
+      sum.x += part.x, sum.y += part.y;
+    }
+    x[i] = has_end ? float2{sum.x * a.scale, sum.y * a.scale} : float2{0, 0};
+    if (!a.normalize) continue;
+    const float mine_squared = WarpSum(fmaf(x[i].x, x[i].x, x[i].y * x[i].y));
+    if (!shares_squares) {
+      if (lane == 0) squares[g * kMostTiles] = mine_squared;
+    } else if (lane < p.tiles) {
+      SendToRank(squares + g * kMostTiles + tile, barrier, lane, mine_squared);
+    }
+  }
+  if (shares_squares) {
+    if (warp < p.group) WaitForBytes(barrier);
+  } else {
+    __syncwarp();
+  }
+  const bool is_padding = read < 0 && write < 0;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int g = warp + i * kWarps;
+    if (g >= p.group || !has_end) break;
+    float2 y = x[i];
+    if (a.normalize) {
+      float sum = squares[g * kMostTiles];
+      for (int t = 1; t < p.tiles; ++t) sum += squares[g * kMostTiles + t];
+      const float factor = 1.0f / sqrtf(sum / static_cast<float>(value_dim) + a.eps);
+      y.x *= factor, y.y *= factor;
+    }
+    y.x *= norm_weight.x, y.y *= norm_weight.y;
+    if (a.output_gate != nullptr) {
+      float gate[2];
+      Widen(output_gate[i], gate);
+      y.x *= Silu(gate[0]), y.y *= Silu(gate[1]);
+    }
+    if (is_padding) y = {0, 0};
+    *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(a.y) + seq * a.y_stride + at_end(g)) =
+        __floats2bfloat162_rn(y.x, y.y);
+  }
 }
 
-template <StateFormat kFormat, int kRows>
+template <StateFormat kFormat, int kThreads, int kGroup, int kBlocks>
 void Launch(Device& device, const Parameters& p) {
-  const auto kernel = &DecodeAttentionKernel<kFormat, kRows>;
+  const auto kernel = &DecodeAttentionKernel<kFormat, kThreads, kGroup, kBlocks>;
   if (p.tiles > 8) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
-  LaunchOverlapped(device, kernel,
-                   {.blocks = GridOf(int64_t{p.a.rows} * p.a.state_heads * p.tiles),
-                    .threads = kThreads,
-                    .shared_bytes = (2 + p.group) * p.a.key_dim * sizeof(float),
-                    .cluster = static_cast<unsigned>(p.tiles),
-                    .most_shared = true},
-                   p);
+  LaunchOverlapped(
+      device, kernel,
+      {.blocks = GridOf(int64_t{p.a.rows} * p.a.state_heads * p.tiles),
+       .threads = kThreads,
+       .shared_bytes = static_cast<size_t>(Layout<kFormat, kThreads, kGroup>(p.a.key_dim).total),
+       .cluster = static_cast<unsigned>(p.tiles),
+       .most_shared = true},
+      p);
 }
 
 template <StateFormat kFormat>
-void LaunchRows(Device& device, const Parameters& p) {
-  const int rows = CeilDiv(p.a.key_dim, kSideBySide);
-  if (rows <= 1) return Launch<kFormat, 1>(device, p);
-  if (rows <= 2) return Launch<kFormat, 2>(device, p);
-  if (rows <= 4) return Launch<kFormat, 4>(device, p);
-  if (rows <= 8) return Launch<kFormat, 8>(device, p);
-  return Launch<kFormat, 12>(device, p);
+void LaunchGroup(Device& device, const Parameters& p) {
+  if (p.group == 1) return Launch<kFormat, 256, 1, 4>(device, p);
+  if (p.group == 2) return Launch<kFormat, 256, 2, 4>(device, p);
+  if (p.group <= 4) return Launch<kFormat, 256, 4, 2>(device, p);
+  return Launch<kFormat, 256, 8, 2>(device, p);
 }
 
 }  // namespace
 
 bool ServesDecodeAttention(const DecodeAttentionArgs& a) {
-  const bool low_rank = a.gate_kind != GateKind::kPerKey ||
+  const bool has_gate = a.gate_kind != GateKind::kPerKey ||
                         (a.gate_weight != nullptr && a.gate_weight->in() == kRank &&
                          a.gate_weight->dtype() == DType::kBFloat16);
-  return low_rank && a.key_dim % 8 == 0 && a.key_dim <= 12 * kSideBySide &&
-         a.value_dim % kTile == 0 && a.value_dim <= 16 * kTile &&
-         a.num_heads / a.state_heads <= kMostGroup;
+  const int state_heads = a.gate_kind == GateKind::kConstant ? a.num_heads : a.num_kv_heads;
+  return has_gate && a.state_heads == state_heads && a.num_heads % a.num_kv_heads == 0 &&
+         a.num_heads / state_heads <= kMostGroup && state_heads <= kMostHeads &&
+         a.key_dim % 8 == 0 && a.key_dim <= kMostKeys && a.value_dim % 16 == 0 &&
+         a.value_dim <= kMostTiles * kTile;
 }
 
 void DecodeAttention(Device& device, const DecodeAttentionArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(ServesDecodeAttention(a), "sizes that Serves() accepts");
-  Parameters p = {.a = a,
-                  .gate_weight = a.gate_weight == nullptr
-                                     ? nullptr
-                                     : static_cast<const bf16*>(a.gate_weight->data()),
-                  .scales_at = Int16ScalesAt(a.state_heads, a.key_dim, a.value_dim),
-                  .clamp_min = a.gate_clamp_min == nullptr ? 0.0f : *a.gate_clamp_min,
-                  .clamps = a.gate_clamp_min != nullptr,
-                  .group = a.num_heads / a.state_heads,
-                  .tiles = a.value_dim / kTile};
+  GLA_REQUIRES(int64_t{a.rows} * a.state_heads < int64_t{1} << 28, "the clusters of one launch");
+  const auto inverse = [](uint64_t divisor) {
+    return ((uint64_t{1} << kInverseBits) + divisor - 1) / divisor;
+  };
+  const int tiles = CeilDiv(a.value_dim, kTile);
+  const Parameters p = {.a = a,
+                        .inverse_tiles = inverse(tiles),
+                        .inverse_heads = inverse(a.state_heads),
+                        .inverse_share = inverse(a.state_heads / a.num_kv_heads),
+                        .gate_weight = a.gate_weight == nullptr
+                                           ? nullptr
+                                           : static_cast<const bf16*>(a.gate_weight->data()),
+                        .scales_at = Int16ScalesAt(a.state_heads, a.key_dim, a.value_dim),
+                        .clamp_min = a.gate_clamp_min == nullptr ? 0.0f : *a.gate_clamp_min,
+                        .clamps = a.gate_clamp_min != nullptr,
+                        .group = a.num_heads / a.state_heads,
+                        .tiles = tiles};
   if (a.state_format == StateFormat::kFloat32) {
-    LaunchRows<StateFormat::kFloat32>(device, p);
+    LaunchGroup<StateFormat::kFloat32>(device, p);
   } else {
-    LaunchRows<StateFormat::kInt16>(device, p);
+    LaunchGroup<StateFormat::kInt16>(device, p);
   }
 }
 

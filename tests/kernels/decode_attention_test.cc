@@ -32,6 +32,11 @@ constexpr Case kCases[] = {
     {"retention_grouped", 4, 2, 64, 128, GateKind::kConstant},
     {"simple", 4, 4, 128, 256, GateKind::kScalar},
     {"simple_grouped", 4, 2, 64, 64, GateKind::kScalar},
+    {"slim", 2, 2, 16, 16, GateKind::kPerKey},
+    {"uneven", 3, 3, 40, 80, GateKind::kPerKey},
+    {"threes", 6, 2, 64, 48, GateKind::kPerKey},
+    {"all_keys", 2, 2, 512, 64, GateKind::kPerKey, true, true, true, false},
+    {"all_values", 2, 1, 24, 1024, GateKind::kScalar},
 };
 constexpr int kRank = 16;
 constexpr float kEps = 1e-5f, kNormalizer = 16, kClamp = -0.05f, kScale = 0.125f;
@@ -224,7 +229,7 @@ TEST_P(DecodeAttentionTest, IsTheRecurrenceInEveryPatternOfSlots) {
 }
 
 TEST_P(DecodeAttentionTest, ARowHasTheSameBitsInEveryCall) {
-  const int rows = 70;
+  const int rows = option().key_dim * option().value_dim > 128 * 128 ? 70 : 300;
   const Problem p(option(), format(), rows);
   std::vector<float> before;
   std::vector<int32_t> all(rows);
@@ -240,6 +245,45 @@ TEST_P(DecodeAttentionTest, ARowHasTheSameBitsInEveryCall) {
     EXPECT_EQ(std::memcmp(got.data(), &want[first * width], got.size() * 4), 0);
   }
   EXPECT_EQ(SlotValues(p, together, rows), SlotValues(p, apart, rows));
+}
+
+// What an int16 slot gets is what a float32 slot would get, packed.
+TEST_P(DecodeAttentionTest, Int16IsFloat32Packed) {
+  if (format() != StateFormat::kInt16) GTEST_SKIP();
+  const int rows = 7;
+  const Problem p(option(), StateFormat::kInt16, rows), q(option(), StateFormat::kFloat32, rows);
+  std::vector<float> values;
+  const DeviceBuffer slots = MakeSlots(p, rows, &values);
+  DeviceBuffer wide = Poisoned(rows * q.stride / 4, DType::kFloat32);
+  DeviceBuffer packed = Poisoned(rows * p.stride / 4, DType::kFloat32);
+  std::vector<int32_t> all(rows);
+  std::iota(all.begin(), all.end(), 0);
+  const DeviceBuffer ids = Upload(all), states = Upload(values);
+  const Case& c = option();
+  PackStates(TestDevice(), {states.as<float>(), wide.data(), q.stride, ids.as<int32_t>(), rows,
+                            q.state_heads, c.key_dim, c.value_dim, StateFormat::kFloat32});
+  const std::vector<float> y = RunRows(p, slots, all, all, 0, rows);
+  EXPECT_EQ(y, RunRows(q, wide, all, all, 0, rows));
+  const DeviceBuffer after = Upload(SlotValues(q, wide, rows));
+  PackStates(TestDevice(), {after.as<float>(), packed.data(), p.stride, ids.as<int32_t>(), rows,
+                            p.state_heads, c.key_dim, c.value_dim, StateFormat::kInt16});
+  EXPECT_EQ(Download<char>(slots, rows * p.stride), Download<char>(packed, rows * p.stride));
+}
+
+TEST_P(DecodeAttentionTest, WhatIsNotFiniteStaysNaN) {
+  const Problem p(option(), format(), 2);
+  std::vector<float> values;
+  const DeviceBuffer slots = MakeSlots(p, 2, &values);
+  const DeviceBuffer ids = Upload(std::vector<int32_t>{0, 1});
+  values[0] = NAN, values[p.floats() + p.floats() / 2] = INFINITY;
+  const DeviceBuffer states = Upload(values);
+  PackStates(TestDevice(), {states.as<float>(), slots.data(), p.stride, ids.as<int32_t>(), 2,
+                            p.state_heads, p.c.key_dim, p.c.value_dim, p.format});
+  const std::vector<float> y = RunRows(p, slots, {0, 1}, {0, 1}, 0, 2);
+  const std::vector<float> after = SlotValues(p, slots, 2);
+  EXPECT_TRUE(std::isnan(after[0]));
+  EXPECT_FALSE(std::isfinite(after[p.floats() + p.floats() / 2]));
+  EXPECT_TRUE(std::isnan(y[0]));
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, DecodeAttentionTest,
