@@ -145,6 +145,10 @@ const std::vector<Flag>& Flags() {
       {"state-dtype", "float32|int16",
        "how recurrent states rest in memory: int16 with a scale for 64 values is half the bytes",
        Choice(&C::state_dtype, {"float32", "int16"})},
+      {"batch-invariant", "yes|no",
+       "cuda with bfloat16: no takes faster products in steps of more than 64 sequences; a result "
+       "then depends, in its last bits, on whether that many ran beside it",
+       Choice(&C::batch_invariant, {"yes", "no"})},
       {"device", "N", "ordinal of the GPU", Integer(&C::device, 0, 63)},
       {"threads", "N", "threads that compute on the cpu backend; 0: one per core",
        Integer(&C::threads, 0, 1024)},

@@ -23,6 +23,7 @@ struct Config {
   std::string dtype;              // float32 | bfloat16; empty: float32 on cpu, bfloat16 on cuda
   std::string prefill_form;       // recurrent | chunkwise; empty: chunkwise on cuda with bfloat16
   std::string state_dtype = "float32";  // float32 | int16
+  std::string batch_invariant = "yes";  // yes | no
   int device = 0;                       // ordinal of the GPU
   int threads = 0;                      // cpu backend: threads that compute; 0: one per core
 

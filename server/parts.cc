@@ -80,6 +80,7 @@ ModelOptions OptionsForModel(const Config& config) {
   // A row per running sequence, and room for a tile of a prompt that is scored.
   options.max_logit_rows = std::max(options.max_logit_rows, config.max_num_seqs + 63);
   options.prefill_form = PrefillFormOf(config);
+  options.batch_invariant = config.batch_invariant == "yes";
   options.state_format =
       config.state_dtype == "int16" ? StateFormat::kInt16 : StateFormat::kFloat32;
   return options;

@@ -8,6 +8,11 @@
 #include "model/model_impl.h"
 
 namespace gla {
+namespace {
+
+constexpr int kFewRows = 64;  // see ModelOptions::batch_invariant
+
+}  // namespace
 
 void Model::Impl::ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled) {
   const int rows = RoundedDecodeRows(plan.num_decode);
@@ -39,6 +44,7 @@ void Model::Impl::SetDecodeInputs(const StepPlan& plan, const int32_t* sampled) 
 }
 
 void Model::Impl::QueueDecode(int rows, char* states) {
+  if (is_fused && !options.batch_invariant && rows > kFewRows) return QueueManyDecode(rows, states);
   if (is_fused) return QueueFusedDecode(rows, states);
   Layers(rows, states);
   Norm(weights.norm, residual, normed, rows);
@@ -58,7 +64,7 @@ DecodeProductArgs Model::Impl::FusedProduct(const PackedWeight& weight, Rows x, 
   return args;
 }
 
-DecodeAttentionArgs Model::Impl::FusedAttention(int layer, char* states) const {
+DecodeAttentionArgs Model::Impl::FusedAttentionArgs(int layer, char* states) const {
   const LayerWeights& w = weights.layers[layer];
   DecodeAttentionArgs args{};
   if (config.family == ModelFamily::kGla) {
@@ -111,7 +117,37 @@ bool Model::Impl::ServesFusedDecode() const {
   swiglu.epilogue = DecodeEpilogue::kSwiGlu;
   return decode_kernels->Serves(store) && decode_kernels->Serves(head) &&
          decode_kernels->Serves(add) && decode_kernels->Serves(down) &&
-         decode_kernels->Serves(swiglu) && decode_kernels->Serves(FusedAttention(0, nullptr));
+         decode_kernels->Serves(swiglu) && decode_kernels->Serves(FusedAttentionArgs(0, nullptr));
+}
+
+// Of the projection in `proj`, to `mixed_normed`.
+void Model::Impl::FusedAttention(int layer, int rows, char* states) {
+  const Mixed mix = Mix(layer, rows, states);
+  DecodeAttentionArgs args = FusedAttentionArgs(layer, states);
+  args.q = mix.q.data;
+  args.k = mix.k.data;
+  args.v = mix.v.data;
+  args.q_stride = mix.q.stride;
+  args.k_stride = mix.k.stride;
+  args.v_stride = mix.v.stride;
+  args.read_slots = step->seqs.read_slots;
+  args.write_slots = step->seqs.write_slots;
+  args.rows = rows;
+  decode_kernels->Attention(device, args);
+}
+
+void Model::Impl::QueueManyDecode(int rows, char* states) {
+  Embed(rows);
+  for (int layer = 0; layer < config.num_layers; ++layer) {
+    const LayerWeights& w = weights.layers[layer];
+    Norm(w.attn_norm, residual, normed, rows);
+    Product(w.in_proj, normed, proj, rows);
+    FusedAttention(layer, rows, states);
+    AddProduct(w.out_proj, mixed_normed, rows);
+    Mlp(w, rows);
+  }
+  Norm(weights.norm, residual, normed, rows);
+  Product(weights.lm_head, normed, logits, rows);
 }
 
 void Model::Impl::QueueFusedDecode(int rows, char* states) {
@@ -149,18 +185,7 @@ void Model::Impl::QueueFusedDecode(int rows, char* states) {
     const LayerWeights& w = weights.layers[layer];
     const bool is_last = layer + 1 == config.num_layers;
     store(w.in_proj, normed, true, proj, DecodeEpilogue::kStore);
-    const Mixed mix = Mix(layer, rows, states);
-    DecodeAttentionArgs attention = FusedAttention(layer, states);
-    attention.q = mix.q.data;
-    attention.k = mix.k.data;
-    attention.v = mix.v.data;
-    attention.q_stride = mix.q.stride;
-    attention.k_stride = mix.k.stride;
-    attention.v_stride = mix.v.stride;
-    attention.read_slots = step->seqs.read_slots;
-    attention.write_slots = step->seqs.write_slots;
-    attention.rows = rows;
-    decode_kernels->Attention(device, attention);
+    FusedAttention(layer, rows, states);
     add(w.out_proj, mixed_normed, w.mlp_norm);
     store(w.gate_up, normed, true, mlp, DecodeEpilogue::kSwiGlu);
     add(w.down, mlp, is_last ? weights.norm : weights.layers[layer + 1].attn_norm);

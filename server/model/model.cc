@@ -227,13 +227,17 @@ void Model::Impl::JudgeRows(int rows, int32_t* finite) {
                       .dim = config.hidden_size});
 }
 
+void Model::Impl::Embed(int rows) {
+  gla::Embed(device, {.tokens = step->tokens,
+                      .table = weights.embeddings.data(),
+                      .y = static_cast<float*>(residual.data),
+                      .rows = rows,
+                      .dim = config.hidden_size,
+                      .table_dtype = weights.embeddings_dtype});
+}
+
 void Model::Impl::Layers(int rows, char* states) {
-  Embed(device, {.tokens = step->tokens,
-                 .table = weights.embeddings.data(),
-                 .y = static_cast<float*>(residual.data),
-                 .rows = rows,
-                 .dim = config.hidden_size,
-                 .table_dtype = weights.embeddings_dtype});
+  Embed(rows);
   for (int layer = 0; layer < config.num_layers; ++layer) {
     Attention(layer, rows, states);
     Mlp(weights.layers[layer], rows);

@@ -55,6 +55,7 @@ struct Model::Impl {
   // Puts what was sampled in place of the tokens below 0.
   void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                       const int32_t* sampled);
+  void Embed(int rows);  // the step's tokens, into the residual stream
   void Layers(int rows, char* states);
   void JudgeRows(int rows, int32_t* finite);  // what the layers left in the residual stream
   // The plan's decode rows, recorded; see decode.cc.
@@ -62,8 +63,11 @@ struct Model::Impl {
   void SetDecodeInputs(const StepPlan& plan, const int32_t* sampled);
   void QueueDecode(int rows, char* states);
   void QueueFusedDecode(int rows, char* states);
+  // Only the attention fused.
+  void QueueManyDecode(int rows, char* states);
+  void FusedAttention(int layer, int rows, char* states);
   DecodeProductArgs FusedProduct(const PackedWeight& weight, Rows x, bool normed) const;
-  DecodeAttentionArgs FusedAttention(int layer, char* states) const;
+  DecodeAttentionArgs FusedAttentionArgs(int layer, char* states) const;
   bool ServesFusedDecode() const;
 
   void Attention(int layer, int rows, char* states);

@@ -36,7 +36,7 @@ constexpr char kUsage[] =
     "usage: gla-bench-engine [--config gla-340m|gla-1.3b|gla-2.7b|bard-6m | --model DIR]\n"
     "  [--dtype float32|bfloat16] [--state-dtype float32|int16] [--seqs 1,64,256]\n"
     "  [--prompt 512,2048] [--steps 50] [--prefill-form recurrent|chunkwise]\n"
-    "  [--record yes|no] [--threads N] [--backend cpu|cuda] [--json]\n";
+    "  [--record yes|no] [--batch-invariant yes|no] [--threads N] [--backend cpu|cuda] [--json]\n";
 
 struct NamedConfig {
   const char* name;
@@ -64,6 +64,7 @@ struct Flags {
       std::string(Device::backend()) == "cuda" ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
   StateFormat state = StateFormat::kFloat32;
   bool record = true;
+  bool batch_invariant = true;
   int threads = 0;
   std::string backend = Device::backend();
   bool json = false;
@@ -100,6 +101,8 @@ bool Parse(int argc, char** argv, Flags& flags) {
       flags.state = value == "int16" ? StateFormat::kInt16 : StateFormat::kFloat32;
     } else if (arg == "--record" && (value == "yes" || value == "no")) {
       flags.record = value == "yes";
+    } else if (arg == "--batch-invariant" && (value == "yes" || value == "no")) {
+      flags.batch_invariant = value == "yes";
     } else if (arg == "--backend" && (value == "cpu" || value == "cuda")) {
       flags.backend = value;
     } else if (arg == "--seqs") {
@@ -233,7 +236,8 @@ absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& fl
   ModelOptions options{.dtype = flags.dtype,
                        .prefill_form = flags.form,
                        .state_format = flags.state,
-                       .record_decode = flags.record};
+                       .record_decode = flags.record,
+                       .batch_invariant = flags.batch_invariant};
   options.max_seqs = options.max_logit_rows = options.max_rows = 1;
   for (const int seqs : flags.seqs) options.max_seqs = std::max(options.max_seqs, seqs);
   options.max_logit_rows = options.max_rows = options.max_seqs;

@@ -158,6 +158,27 @@ INSTANTIATE_TEST_SUITE_P(Models, DecodeTest, testing::ValuesIn(EverySetup()), []
          (info.param.state == StateFormat::kInt16 ? "_int16" : "");
 });
 
+TEST(BatchInvariant, NoGivesTheSameUpToRounding) {
+  const auto device = OpenTestDevice();
+  const int seqs = 70;
+  std::vector<float> logits[2];
+  for (const bool invariant : {true, false}) {
+    const auto model = MakeTinyModel(*device,
+                                     {.dtype = DType::kBFloat16,
+                                      .max_rows = seqs,
+                                      .max_seqs = seqs,
+                                      .batch_invariant = invariant},
+                                     3, ConfigOf(kCases[0]));
+    Feeder feeder = ValueOrDie(Feeder::Create(*device, *model, seqs));
+    for (int step = 0; step < 5; ++step) {
+      std::vector<Feed> feeds;
+      for (int n = 0; n < seqs; ++n) feeds.push_back({n, {n * 29 + step * 131}, step == 0});
+      logits[invariant] = feeder.Step(feeds, LogitRows::kAll, seqs);
+    }
+  }
+  EXPECT_LT(RmsRatio(logits[0], logits[1]), 0.02);
+}
+
 TEST(StateFormats, ARunningKeySumIsFloat32Only) {
   const auto device = OpenTestDevice();
   const auto model =
