@@ -524,6 +524,8 @@ void Launch(Device& device, const Parameters& p) {
 
 template <StateFormat kFormat>
 void LaunchGroup(Device& device, const Parameters& p) {
+  // The number of threads changes the order of sums: it may depend on K, not on rows.
+  if (p.group == 1 && p.a.key_dim <= 128) return Launch<kFormat, 128, 1, 8>(device, p);
   if (p.group == 1) return Launch<kFormat, 256, 1, 4>(device, p);
   if (p.group == 2) return Launch<kFormat, 256, 2, 4>(device, p);
   if (p.group <= 4) return Launch<kFormat, 256, 4, 2>(device, p);
