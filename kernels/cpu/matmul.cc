@@ -318,9 +318,10 @@ void Matmul(Device& device, const MatmulArgs& a) {
     thread_local std::vector<float> copied;
     x.stride = 2 * x.pairs;
     copied.resize(std::max(copied.size(), static_cast<size_t>(x.stride) * a.rows));
-    x.data = copied.data();
+    float* const to = copied.data();  // this thread's; the others have their own `copied`
+    x.data = to;
     ParallelFor(device, a.rows, in * kCopyNs, [&](int64_t begin, int64_t end) {
-      HWY_DYNAMIC_DISPATCH(CopyRows)(a, x, copied.data(), begin, end);
+      HWY_DYNAMIC_DISPATCH(CopyRows)(a, x, to, begin, end);
     });
   }
 
