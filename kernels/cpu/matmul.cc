@@ -62,39 +62,39 @@ HWY_INLINE hn::Vec<D> LoadWeights(D d, const float* w, size_t vec) {
   return hn::Load(d, w + (2 * kOdd + vec) * hn::Lanes(d));
 }
 
-// sums [kRows, width] = x [kRows, 2 * pairs] times a panel. One panel at a time for a single row
-// too: two chains hide enough of the latency, and memory likes one stream better than two.
-template <int kRows, typename W>
-HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY_RESTRICT panel,
+// sums [kRows, kPanels * width] = x [kRows, 2 * pairs] times kPanels neighbouring panels.
+template <int kRows, int kPanels, typename W>
+HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY_RESTRICT panels,
                      int pairs, float* HWY_RESTRICT sums) {
   const FloatTag d;
   using V = hn::Vec<FloatTag>;
+  constexpr int kVecs = 2 * kPanels;
   const size_t lanes = hn::Lanes(d);
   const size_t pair_size = 4 * lanes, panel_size = pair_size * static_cast<size_t>(pairs);
-  V acc[kRows][2];
+  V acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) acc[r][v] = hn::Zero(d);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::Zero(d);
   }
   const auto step = [&]<int kOdd>(const W* HWY_RESTRICT w, const float* HWY_RESTRICT xk) HWY_ATTR {
-    V weights[2];
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      weights[v] = LoadWeights<kOdd>(d, w, v);
+    V weights[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      weights[v] = LoadWeights<kOdd>(d, w + v / 2 * panel_size, v % 2);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V xr = hn::Set(d, xk[r * x_stride + kOdd]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = hn::MulAdd(xr, weights[v], acc[r][v]);
     }
   };
-  const W* HWY_RESTRICT w = panel;
+  const W* HWY_RESTRICT w = panels;
   for (int k = 0; k < pairs; ++k, w += pair_size, x += 2) {
     // The next panel, into the second-level cache; one row streams fast enough without.
     if constexpr (kRows > 1) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (size_t byte = 0; byte < pair_size * sizeof(W); byte += 64) {
         __builtin_prefetch(reinterpret_cast<const char*>(w + panel_size) + byte, 0, 2);
       }
@@ -104,8 +104,8 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) hn::StoreU(acc[r][v], d, sums + (2 * r + v) * lanes);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) hn::StoreU(acc[r][v], d, sums + (r * kVecs + v) * lanes);
   }
 }
 
@@ -117,12 +117,18 @@ constexpr int kMaxTileRows = 8;
 constexpr int kMaxTileRows = 6;
 #endif
 
+// Panels of a single row. From a cache, as many as hide the latency of the chains; from memory,
+// which likes one stream better than several, no more than keep up with it.
+constexpr int kCachedPanels = HWY_TARGET == HWY_AVX3 ? 2 : 4;
+constexpr int kMemoryPanels = HWY_TARGET == HWY_AVX3 ? 1 : 2;
+constexpr size_t kCachedBytes = size_t{1} << 20;
+
 int MaxTileRows() { return kMaxTileRows; }
 
 template <typename W, int kRows = kMaxTileRows>
 HWY_INLINE void TileOfRows(int rows, const float* x, int64_t x_stride, const W* panel, int pairs,
                            float* sums) {
-  if (rows == kRows) return Tile<kRows>(x, x_stride, panel, pairs, sums);
+  if (rows == kRows) return Tile<kRows, 1>(x, x_stride, panel, pairs, sums);
   if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, x_stride, panel, pairs, sums);
 }
 
@@ -159,7 +165,20 @@ void MultiplyPanels(const MatmulArgs& a, const MatmulRows& x, int tile0, int til
   const int out = a.weight->out();
   const size_t panel_size = size_t{2} * width * x.pairs;
   HWY_ALIGN float sums[kMaxTileRows * 2 * HWY_MAX_BYTES / sizeof(float)];
-  for (int panel = panel0; panel < panel1; ++panel) {
+  int panel = panel0;
+  if constexpr (std::is_same_v<X, float>) {
+    const auto pass = [&]<int kPanels>() HWY_ATTR {
+      for (; panel + kPanels <= panel1; panel += kPanels) {
+        const W* weight = static_cast<const W*>(a.weight->data()) + panel * panel_size;
+        Tile<1, kPanels>(static_cast<const float*>(x.data), 0, weight, x.pairs, sums);
+        const int out0 = panel * width;
+        StoreTile(a, sums, kPanels * width, 0, 1, out0, std::min(kPanels * width, out - out0));
+      }
+    };
+    if (a.rows == 1 && a.weight->bytes() <= kCachedBytes) pass.template operator()<kCachedPanels>();
+    if (a.rows == 1) pass.template operator()<kMemoryPanels>();
+  }
+  for (; panel < panel1; ++panel) {
     const W* weight = static_cast<const W*>(a.weight->data()) + panel * panel_size;
     const int out0 = panel * width, n = std::min(width, out - out0);
     for (int tile = tile0; tile < tile1; ++tile) {
@@ -299,9 +318,10 @@ void Matmul(Device& device, const MatmulArgs& a) {
     thread_local std::vector<float> copied;
     x.stride = 2 * x.pairs;
     copied.resize(std::max(copied.size(), static_cast<size_t>(x.stride) * a.rows));
-    x.data = copied.data();
+    float* const to = copied.data();  // this thread's; the others have their own `copied`
+    x.data = to;
     ParallelFor(device, a.rows, in * kCopyNs, [&](int64_t begin, int64_t end) {
-      HWY_DYNAMIC_DISPATCH(CopyRows)(a, x, copied.data(), begin, end);
+      HWY_DYNAMIC_DISPATCH(CopyRows)(a, x, to, begin, end);
     });
   }
 

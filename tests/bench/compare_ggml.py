@@ -38,7 +38,8 @@ def build(ggml, folder):
     libraries = [os.path.join(folder, "src", f"lib{name}.a")
                  for name in ("ggml", "ggml-cpu", "ggml-base")]
     run("c++", "-std=c++20", "-O2", "-I", os.path.join(ggml, "include"),
-        os.path.join(HERE, "compare_ggml.cc"), "-o", program, *libraries, "-lpthread", "-ldl", "-lm")
+        os.path.join(HERE, "compare_ggml.cc"), "-o", program, *libraries,
+        "-lpthread", "-ldl", "-lm")
     return program
 
 

@@ -30,9 +30,9 @@ TEST(Matmul, EqualsArithmetic) {
   struct Shape {
     int rows, in, out;
   };
-  const Shape shapes[] = {{1, 256, 1024}, {1, 16, 128},  {2, 256, 96},  {3, 64, 17},
-                          {5, 1, 1},      {7, 19, 37},   {13, 100, 40}, {33, 320, 64},
-                          {100, 768, 8},  {128, 64, 256}};
+  const Shape shapes[] = {{1, 256, 1024}, {1, 16, 128},   {2, 256, 96},  {3, 64, 17},
+                          {5, 1, 1},      {7, 19, 37},    {13, 100, 40}, {33, 320, 64},
+                          {100, 768, 8},  {128, 64, 256}, {2000, 255, 9}};
   for (const Types& types : AllTypes()) {
     for (const Shape& s : shapes) {
       const auto x = Rounded(Normal(s.rows * s.in, 1, 1), types.x);
