@@ -263,7 +263,13 @@ TEST_P(DecodeAttentionTest, Int16IsFloat32Packed) {
   PackStates(TestDevice(), {states.as<float>(), wide.data(), q.stride, ids.as<int32_t>(), rows,
                             q.state_heads, c.key_dim, c.value_dim, StateFormat::kFloat32});
   const std::vector<float> y = RunRows(p, slots, all, all, 0, rows);
-  EXPECT_EQ(y, RunRows(q, wide, all, all, 0, rows));
+  // Outputs to rounding: the formats lay rows on lanes differently, so sums over K differ in order.
+  const std::vector<float> y_wide = RunRows(q, wide, all, all, 0, rows);
+  double error = 0, size = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    error += std::pow(y[i] - y_wide[i], 2), size += std::pow(y_wide[i], 2);
+  }
+  EXPECT_LT(std::sqrt(error / size), 0.004);
   const DeviceBuffer after = Upload(SlotValues(q, wide, rows));
   PackStates(TestDevice(), {after.as<float>(), packed.data(), p.stride, ids.as<int32_t>(), rows,
                             p.state_heads, c.key_dim, c.value_dim, StateFormat::kInt16});
