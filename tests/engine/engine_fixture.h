@@ -136,6 +136,7 @@ struct EngineSetup {
                           .poison_freed_slots = true};
   PrefillForm prefill_form = PrefillForm::kRecurrent;
   StateFormat state_format = StateFormat::kFloat32;
+  DType dtype = DType::kFloat32;
   int max_logit_rows = 96;
   std::string model_folder;  // empty: the tiny random model
   std::map<int32_t, std::string> spelt;
@@ -147,7 +148,8 @@ class TestEngine {
   explicit TestEngine(const EngineSetup& setup = {})
       : tokenizer_(setup.spelt), metrics_({"0", "test", "test", "tiny", "gla", "float32"}) {
     device_ = OpenTestDevice();
-    const ModelOptions options = {.max_rows = setup.engine.max_num_batched_tokens,
+    const ModelOptions options = {.dtype = setup.dtype,
+                                  .max_rows = setup.engine.max_num_batched_tokens,
                                   .max_seqs = setup.engine.max_num_seqs,
                                   .max_logit_rows = setup.max_logit_rows,
                                   .prefill_form = setup.prefill_form,

@@ -91,7 +91,8 @@ std::vector<std::vector<Outcome>> RunTogether(TestEngine& engine, const std::vec
   return outcomes;
 }
 
-class IndependenceTest : public ::testing::TestWithParam<std::tuple<PrefillForm, StateFormat>> {};
+class IndependenceTest
+    : public ::testing::TestWithParam<std::tuple<PrefillForm, StateFormat, DType>> {};
 
 TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
   EngineSetup setup;
@@ -100,7 +101,7 @@ TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
                   .max_prefill_chunk = 70,
                   .num_slots = 24 + 64,
                   .poison_freed_slots = true};
-  std::tie(setup.prefill_form, setup.state_format) = GetParam();
+  std::tie(setup.prefill_form, setup.state_format, setup.dtype) = GetParam();
   TestEngine engine(setup);
   const std::vector<Turns> jobs = RandomJobs(128);
   std::vector<std::vector<Outcome>> alone;
@@ -125,11 +126,13 @@ TEST_P(IndependenceTest, SixtyFourClientsThatJoinAndLeaveEqualTheirSoloRuns) {
 INSTANTIATE_TEST_SUITE_P(
     Forms, IndependenceTest,
     ::testing::Combine(::testing::Values(PrefillForm::kRecurrent, PrefillForm::kChunkwise),
-                       ::testing::Values(StateFormat::kFloat32, StateFormat::kInt16)),
+                       ::testing::Values(StateFormat::kFloat32, StateFormat::kInt16),
+                       ::testing::Values(DType::kFloat32, DType::kBFloat16)),
     [](const auto& info) {
       const bool recurrent = std::get<0>(info.param) == PrefillForm::kRecurrent;
       return std::string(recurrent ? "recurrent" : "chunkwise") +
-             (std::get<1>(info.param) == StateFormat::kInt16 ? "_int16" : "");
+             (std::get<1>(info.param) == StateFormat::kInt16 ? "_int16_" : "_float32_") +
+             NameOf(std::get<2>(info.param));
     });
 
 TEST(Independence, InTheRecurrentFormTheCutOfAPromptDoesNotShow) {
