@@ -228,8 +228,6 @@ Recording::~Recording() = default;
 Recording::Recording(Recording&& other) noexcept = default;
 Recording& Recording::operator=(Recording&& other) noexcept = default;
 
-void Recording::Replay() const {
-  CUDA_CHECK(cudaGraphLaunch(impl_->graph, Queue(impl_->device)));
-}
+void Recording::Replay() const { CUDA_CHECK(cudaGraphLaunch(impl_->graph, Queue(impl_->device))); }
 
 }  // namespace gla
