@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "kernels/cpu/common.h"
@@ -52,50 +51,49 @@ void PackRow(const float* from, int value_dim, int16_t* to, float* scales) {
   }
 }
 
-}  // namespace
-
-void UnpackStates(Device& device, const UnpackStatesArgs& a) {
+// Calls f(slot, where the row is in `states`, its offset in a state, that of its first scale) for
+// every row of every state; offsets in values. Args: UnpackStatesArgs or PackStatesArgs.
+template <typename Args, typename F>
+void ForEachRow(Device& device, const Args& a, const F& f) {
   const int64_t rows = int64_t{a.heads} * a.key_dim;
-  const int64_t scales_at = Int16ScalesAt(a.heads, a.key_dim, a.value_dim);
   const int pieces = (a.value_dim + kStateTile - 1) / kStateTile;
   ParallelFor(device, a.num_states * rows, a.value_dim * kCopyNs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t slot = a.slots[i / rows], row = i % rows;
-      float* const to = a.states + i * a.value_dim;
-      if (slot < 0) {
-        std::fill_n(to, a.value_dim, 0.0f);
-        continue;
-      }
-      const char* const state = static_cast<const char*>(a.slots_begin) + slot * a.slot_stride;
-      if (a.format == StateFormat::kFloat32) {
-        std::memcpy(to, reinterpret_cast<const float*>(state) + row * a.value_dim,
-                    sizeof(float) * static_cast<size_t>(a.value_dim));
-      } else {
-        UnpackRow(reinterpret_cast<const int16_t*>(state) + row * a.value_dim,
-                  reinterpret_cast<const float*>(state + scales_at) + row * pieces, a.value_dim,
-                  to);
-      }
+      const int64_t row = i % rows;
+      f(int64_t{a.slots[i / rows]}, a.states + i * a.value_dim, row * a.value_dim, row * pieces);
+    }
+  });
+}
+
+}  // namespace
+
+void UnpackStates(Device& device, const UnpackStatesArgs& a) {
+  const int64_t scales_at = Int16ScalesAt(a.heads, a.key_dim, a.value_dim);
+  ForEachRow(device, a, [&](int64_t slot, float* to, int64_t at, int64_t scale) {
+    if (slot < 0) {
+      std::fill_n(to, a.value_dim, 0.0f);
+      return;
+    }
+    const char* const state = static_cast<const char*>(a.slots_begin) + slot * a.slot_stride;
+    if (a.format == StateFormat::kFloat32) {
+      std::copy_n(reinterpret_cast<const float*>(state) + at, a.value_dim, to);
+    } else {
+      UnpackRow(reinterpret_cast<const int16_t*>(state) + at,
+                reinterpret_cast<const float*>(state + scales_at) + scale, a.value_dim, to);
     }
   });
 }
 
 void PackStates(Device& device, const PackStatesArgs& a) {
-  const int64_t rows = int64_t{a.heads} * a.key_dim;
   const int64_t scales_at = Int16ScalesAt(a.heads, a.key_dim, a.value_dim);
-  const int pieces = (a.value_dim + kStateTile - 1) / kStateTile;
-  ParallelFor(device, a.num_states * rows, a.value_dim * kCopyNs, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t slot = a.slots[i / rows], row = i % rows;
-      if (slot < 0) continue;
-      const float* const from = a.states + i * a.value_dim;
-      char* const state = static_cast<char*>(a.slots_begin) + slot * a.slot_stride;
-      if (a.format == StateFormat::kFloat32) {
-        std::memcpy(reinterpret_cast<float*>(state) + row * a.value_dim, from,
-                    sizeof(float) * static_cast<size_t>(a.value_dim));
-      } else {
-        PackRow(from, a.value_dim, reinterpret_cast<int16_t*>(state) + row * a.value_dim,
-                reinterpret_cast<float*>(state + scales_at) + row * pieces);
-      }
+  ForEachRow(device, a, [&](int64_t slot, const float* from, int64_t at, int64_t scale) {
+    if (slot < 0) return;
+    char* const state = static_cast<char*>(a.slots_begin) + slot * a.slot_stride;
+    if (a.format == StateFormat::kFloat32) {
+      std::copy_n(from, a.value_dim, reinterpret_cast<float*>(state) + at);
+    } else {
+      PackRow(from, a.value_dim, reinterpret_cast<int16_t*>(state) + at,
+              reinterpret_cast<float*>(state + scales_at) + scale);
     }
   });
 }
