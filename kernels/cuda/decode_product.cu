@@ -91,17 +91,24 @@ void LaunchTile(Device& device, const ProductParams& p, int cluster) {
   const int tiles_rows = CeilDiv(p.rows, kRows);
   const int64_t tiles = int64_t{CeilDiv(p.out, kGroups * 64)} * tiles_rows;
   using Shape = TileShape<kGroups, kRows>;
-  const LaunchShape launch = {.blocks = GridOf(tiles * cluster),
-                              .threads = Shape::kThreads,
-                              .shared_bytes = static_cast<size_t>(Shape::SharedBytes(cluster)),
-                              .cluster = static_cast<unsigned>(cluster),
-                              .most_shared = true};
+  // Rather one block more to a multiprocessor than a second turn.
+  const int beside =
+      static_cast<int>(std::min<int64_t>(2, (tiles * cluster - 1) / Multiprocessors(device)));
+  const int chunks = CeilDiv(CeilDiv(p.in, 64), cluster) + 1;  // of a block, at most
+  const int stages = std::max(std::min(2, Shape::Stages(cluster, 0, chunks)),
+                              Shape::Stages(cluster, beside, chunks));
+  const LaunchShape launch = {
+      .blocks = GridOf(tiles * cluster),
+      .threads = Shape::kThreads,
+      .shared_bytes = static_cast<size_t>(Shape::SharedBytes(cluster, stages)),
+      .cluster = static_cast<unsigned>(cluster),
+      .most_shared = true};
   if (cluster == 1) {
-    LaunchOverlapped(device, TileKernel<kGroups, kRows, false>, launch, p, weights, rows, cluster,
-                     tiles_rows);
+    LaunchOverlapped(device, TileKernel<kGroups, kRows, false>, launch, p, weights, rows, stages,
+                     cluster, tiles_rows);
   } else {
-    LaunchOverlapped(device, TileKernel<kGroups, kRows, true>, launch, p, weights, rows, cluster,
-                     tiles_rows);
+    LaunchOverlapped(device, TileKernel<kGroups, kRows, true>, launch, p, weights, rows, stages,
+                     cluster, tiles_rows);
   }
 }
 
@@ -168,29 +175,32 @@ bool ServesDecodeProduct(const DecodeProductArgs& a) {
 
 bool CanRun(const ProductPlan& plan) {
   if (plan.tile_out == 16) return plan.cluster == 1;
-  constexpr int kMostSharedBytes = 227 << 10;
   return WithTile(plan, [&]<int kGroups, int kRows>() {
-    return TileShape<kGroups, kRows>::SharedBytes(plan.cluster) <= kMostSharedBytes;
+    return TileShape<kGroups, kRows>::Stages(plan.cluster, 0, kTileMostStages) >= 2;
   });
 }
 
-// By measurements of the products of GLA-340M and GLA-1.3B on an H100.
+// By measurements of the products of GLA-340M and GLA-1.3B on an H100 (132 multiprocessors).
 ProductPlan PlanProduct(int rows, int out, int in) {
-  const auto tiles = [&](int tile_out, int tile_rows) {
-    return int64_t{CeilDiv(out, tile_out)} * CeilDiv(rows, tile_rows);
+  const auto blocks = [&](const ProductPlan& plan) {
+    return int64_t{CeilDiv(out, plan.tile_out)} * CeilDiv(rows, plan.tile_rows);
   };
+  const bool is_wide = out >= 3072;
   if (rows <= 8) return {16, 8, 1};
-  if (rows <= 16 && in <= 4096) return {16, 16, 1};
-  if (rows <= 64) {
-    if (in <= 1024 && out <= 1024) return {16, 16, 1};
-    if (out >= 3072) return {64, rows <= 32 ? 16 : 32, 1};
-    if (rows <= 32) return {64, rows <= 16 ? 16 : 32, 8};
-    return in <= 2048 ? ProductPlan{64, 32, 2} : ProductPlan{128, 64, out <= 1024 ? 8 : 4};
+  if (rows <= 16 && !is_wide) {
+    return in <= 2048 ? ProductPlan{16, 16, 1} : ProductPlan{64, 16, out <= 1024 ? 8 : 2};
   }
-  if (tiles(128, 128) >= 88) return {128, 128, 1};
-  if (tiles(128, 64) >= 64) return {128, 64, 1};
-  if (in <= 1024) return {64, 32, 1};
-  return {64, tiles(64, 64) >= 64 ? 64 : 32, 2};
+  if (rows <= 64 && in <= 1024 && out <= 1024) return {16, 16, 1};
+  if (rows <= 32 && in > 2048 && out <= 1024) return {64, 32, 8};
+  const ProductPlan largest = {128, 128, 1};
+  if (blocks(largest) > 88 && blocks(largest) <= 132) return largest;  // one good turn
+  if (rows > 64 && rows < 128 && blocks({64, 64, 1}) > 264) return largest;
+  // The smallest tiles that do not take too many turns.
+  const int most = !is_wide ? 132 : in <= 1024 && rows <= 64 ? 264 : 360;
+  for (const ProductPlan& plan : {ProductPlan{64, 16, 1}, {64, 32, 1}, {64, 64, 1}, {128, 64, 1}}) {
+    if (blocks(plan) <= most) return plan;
+  }
+  return largest;
 }
 
 void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {

@@ -60,37 +60,78 @@ __device__ float SumOfSixteen(float4 x) {
   return (sum(x.x) + sum(x.z)) + (sum(x.y) + sum(x.w));
 }
 
-// The factor of a row, by eight neighbouring lanes: what is read is asked for first.
+// The factors of rows: 1 / sqrt(mean of squares + eps). The order of a sum: partial sum i of 32 has
+// the pairs i, i + 32, .. of `squares`, and partial sums 16, 8, 4, 2 and 1 apart are added.
+
+// Of one row, by eight neighbouring lanes, when what is read was asked for early.
 struct RowFactor {
   static constexpr int kAtOnce = 4;
   float2 squares[kAtOnce];
 
-  __device__ void Load(const ProductParams& p, int row) {
+  __device__ void Load(const ProductParams& p, int row, int first = 0) {
     const int pairs = p.squares != nullptr && row < p.rows ? p.in / 32 : 0;
     const float2* const from = reinterpret_cast<const float2*>(p.squares) + int64_t{row} * pairs;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int at = threadIdx.x % 8 + i * 8;
+      const int at = first + threadIdx.x % 8 + i * 8;
       squares[i] = at < pairs ? __ldcg(from + at) : float2{};
     }
   }
   // In every lane of the warp.
-  __device__ float Finish(const ProductParams& p, int row) const {
+  __device__ float Finish(const ProductParams& p, int row) {
     if (p.squares == nullptr) return 1.0f;
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) sum += squares[i].x + squares[i].y;
-    const int pairs = row < p.rows ? p.in / 32 : 0;
-    const float2* const from = reinterpret_cast<const float2*>(p.squares) + int64_t{row} * pairs;
+    float sums[kAtOnce] = {};
 #pragma unroll 1
-    for (int i = threadIdx.x % 8 + kAtOnce * 8; i < pairs; i += 8) {
-      const float2 more = __ldcg(from + i);
-      sum += more.x + more.y;
+    for (int first = 0;;) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sums[i] += squares[i].x + squares[i].y;
+      if ((first += kAtOnce * 8) >= p.in / 32) break;
+      Load(p, row, first);
     }
-    for (int mask = 4; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
+    return FactorOf<4>(p, (sums[0] + sums[2]) + (sums[1] + sums[3]));
+  }
+  // Of the sums of lanes up to kFar apart.
+  template <int kFar>
+  __device__ static float FactorOf(const ProductParams& p, float sum) {
+#pragma unroll
+    for (int mask = kFar; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, mask);
     return 1.0f / sqrtf(sum / static_cast<float>(p.in) + p.eps);
   }
 };
+
+// Of eight rows from row0 on to shared memory, by a warp.
+__device__ inline void EightFactors(const ProductParams& p, int row0, float* factors) {
+  const int lane = threadIdx.x % 32;
+  if (p.squares == nullptr) {
+    if (lane < 8) factors[lane] = 1.0f;
+    return;
+  }
+  const int pairs = p.in / 32;
+  float sums[8] = {};
+#pragma unroll 2
+  for (int at = lane; at < pairs; at += 32) {
+    const float2* const from = reinterpret_cast<const float2*>(p.squares) + at;
+    float2 squares[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      squares[i] = row0 + i < p.rows ? __ldcg(from + int64_t{row0 + i} * pairs) : float2{};
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] += squares[i].x + squares[i].y;
+  }
+  // Half of the lanes keep half of the rows, until four lanes have one.
+#pragma unroll
+  for (int rows = 4; rows > 0; rows /= 2) {
+    const bool upper = lane & rows * 4;
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+      const float theirs = upper ? sums[i] : sums[i + rows];
+      sums[i] = (upper ? sums[i + rows] : sums[i]) + __shfl_xor_sync(0xFFFFFFFFu, theirs, rows * 4);
+    }
+  }
+  const float factor = RowFactor::FactorOf<2>(p, sums[0]);
+  if (lane % 4 == 0) factors[lane / 4] = factor;
+}
 
 // A patch is 8 rows by 16 outputs and ends in a warp: lane i has the outputs 4 (i / 8) + [0, 4) of
 // row `row` = the patch's first + i % 8. With kSwiGlu the 16 are 8 gates and their 8 ups.

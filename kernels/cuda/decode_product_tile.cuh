@@ -1,9 +1,10 @@
 // A decode product for more rows: wgmma on tiles that the bulk copy engine brings.
 //
-// A block of kGroups groups of four warps and one copying warp computes 64 kGroups outputs by kRows
-// rows. The blocks of a cluster share one tile: each sums kSlices / cluster of the slices, and
-// after a barrier each adds up and ends a part of the tile, reading the slices of the others from
-// their shared memory. Weights are on their way before the kernel waits for the one ahead of it.
+// A block of kGroups groups of four warps computes 64 kGroups outputs by kRows rows; beside them
+// one warp copies and three find the rows' factors. The blocks of a cluster share one tile: each
+// sums kSlices / cluster of the slices, and after a barrier each adds up and ends a part of the
+// tile, reading the slices of the others from their shared memory. Weights are on their way before
+// the kernel waits for the one ahead of it.
 //
 // With kSwiGlu each 16 outputs of a tile are 8 gates and their 8 ups, which the copy engine
 // interleaves: it sees the weight as [out / 16][gate, up][8][in].
@@ -85,34 +86,43 @@ __device__ inline float4 LoadFromBlock(uint32_t address, int rank) {
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
+constexpr int kTileMostStages = 16;
+constexpr int kTileMostShared = 227 << 10;  // bytes of a multiprocessor
+
 template <int kGroups, int kRows>
 struct TileShape {
-  static constexpr int kThreads = kGroups * 128 + 32;
   static constexpr int kWarps = kGroups * 4;  // that compute
+  static constexpr int kFactorWarps = 3;
+  static constexpr int kThreads = (kWarps + 1 + kFactorWarps) * 32;
   static constexpr int kWeightBytes = kGroups * 64 * kTileRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kRows * kTileRowBytes;
-  static constexpr int kStages = kGroups == 2 ? (kRows == 128 ? 5 : 6) : kRows == 128 ? 4 : 5;
   // A slice in shared memory: [kRows][kPitch] floats, so that neither side meets a bank twice.
   static constexpr int kPitch = kGroups * 64 + 4;
   static constexpr int kSliceBytes = kRows * kPitch * 4;
 
   // Alone, a block stores one sum, where the stages were.
-  static constexpr int SharedBytes(int cluster) {
-    const int stages = kStages * kStageBytes;
+  static constexpr int SharedBytes(int cluster, int num_stages) {
+    const int stages = num_stages * kStageBytes;
     const int sums = cluster == 1 ? 0 : kSlices / cluster * kSliceBytes;
     const int head = 1024 + 1024;  // barriers and factors; what aligning may cost
     return head + (cluster == 1 && kSliceBytes > stages ? kSliceBytes : stages) + sums;
+  }
+  // As many as there is room for beside `beside` more blocks of the kind, at most `most`; 0: none.
+  static constexpr int Stages(int cluster, int beside, int most) {
+    int stages = most < kTileMostStages ? most : kTileMostStages;
+    while (stages > 0 && SharedBytes(cluster, stages) > kTileMostShared / (1 + beside)) --stages;
+    return stages;
   }
 };
 
 // Instructions that run once cost as much as data from far away: what is not worth unrolling stays
 // a loop. kSplit: cluster > 1.
 template <int kGroups, int kRows, bool kSplit>
-__global__ void __launch_bounds__(kGroups * 128 + 32)
+__global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
     TileKernel(const __grid_constant__ ProductParams p, const __grid_constant__ CUtensorMap weights,
-               const __grid_constant__ CUtensorMap rows, int blocks, int tiles_rows) {
+               const __grid_constant__ CUtensorMap rows, int num_stages, int blocks,
+               int tiles_rows) {
   using Shape = TileShape<kGroups, kRows>;
-  constexpr int kStages = Shape::kStages;
   const int cluster = kSplit ? blocks : 1;
   extern __shared__ char shared[];
   const uint32_t base = RoundUp<uint32_t>(SharedAddress(shared), 1024);
@@ -121,17 +131,19 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   char* const stages = head + 1024;
   const auto full = [&](int stage) { return base + stage * 16; };
   const auto empty = [&](int stage) { return base + stage * 16 + 8; };
-  const uint32_t sums_at = base + 1024 + (kSplit ? kStages * Shape::kStageBytes : 0);
+  const uint32_t sums_at = base + 1024 + (kSplit ? num_stages * Shape::kStageBytes : 0);
   float* const sums = reinterpret_cast<float*>(head + (sums_at - base));
 
   const int rank = static_cast<int>(blockIdx.x) % cluster;
   const int tile = static_cast<int>(blockIdx.x) / cluster;
   const int out0 = tile / tiles_rows * kGroups * 64, row0 = tile % tiles_rows * kRows;
   const int slices = kSlices / cluster, slice0 = rank * slices;
+  const int chunk0 = SliceStart(p.in, slice0), chunks = SliceStart(p.in, slice0 + slices) - chunk0;
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+#pragma unroll 1
+    for (int i = 0; i < num_stages; ++i) {
       InitBarrier(full(i), 1);
       InitBarrier(empty(i), Shape::kWarps);
     }
@@ -142,35 +154,35 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   if (warp == Shape::kWarps) {
     if (lane == 0) {
       PrefetchMap(rows);
-      const int first = SliceStart(p.in, slice0), end = SliceStart(p.in, slice0 + slices);
-      const auto copy_weights = [&](int i) {
-        const int stage = (i - first) % kStages;
+      const auto copy_weights = [&](int i, int stage) {
         const uint32_t to = base + 1024 + stage * Shape::kStageBytes;
         ArriveExpecting(full(stage), Shape::kStageBytes);
         if (p.epilogue == DecodeEpilogue::kSwiGlu) {
-          CopyBox(to, weights, full(stage), i * 64, 0, 0, out0 / 16);
+          CopyBox(to, weights, full(stage), (chunk0 + i) * 64, 0, 0, out0 / 16);
         } else {
-          CopyBox(to, weights, full(stage), i * 64, out0);
+          CopyBox(to, weights, full(stage), (chunk0 + i) * 64, out0);
         }
       };
-      const auto copy_rows = [&](int i) {
-        const int stage = (i - first) % kStages;
+      const auto copy_rows = [&](int i, int stage) {
         CopyBox(base + 1024 + stage * Shape::kStageBytes + Shape::kWeightBytes, rows, full(stage),
-                i * 64, row0);
+                (chunk0 + i) * 64, row0);
       };
-      const int ahead = min(end, first + kStages);
+      const int ahead = min(chunks, num_stages);
       if (NextIsProduct(p)) AllowNext();
 #pragma unroll 1
-      for (int i = first; i < ahead; ++i) copy_weights(i);
+      for (int i = 0; i < ahead; ++i) copy_weights(i, i);
       WaitForPrevious();
       AllowNext();
 #pragma unroll 1
-      for (int i = first; i < ahead; ++i) copy_rows(i);
+      for (int i = 0; i < ahead; ++i) copy_rows(i, i);
+      int stage = 0;
+      uint32_t parity = 0;
 #pragma unroll 1
-      for (int i = ahead; i < end; ++i) {
-        WaitBarrier(empty((i - first) % kStages), ((i - first) / kStages - 1) & 1);
-        copy_weights(i);
-        copy_rows(i);
+      for (int i = ahead; i < chunks; ++i) {
+        WaitBarrier(empty(stage), parity);
+        copy_weights(i, stage);
+        copy_rows(i, stage);
+        if (++stage == num_stages) stage = 0, parity ^= 1;
       }
     }
     __syncwarp();
@@ -179,28 +191,23 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
   }
 
   WaitForPrevious();
-  {
-    constexpr int kStep = Shape::kWarps * 4;  // rows: four a warp
-    constexpr int kAtOnce = kRows / kStep < 4 ? kRows / kStep : 4;
+  if (warp > Shape::kWarps) {
 #pragma unroll 1
-    for (int r = warp * 4 + lane / 8; r < kRows; r += kStep * kAtOnce) {
-      RowFactor factor[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) factor[i].Load(p, row0 + r + i * kStep);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float f = factor[i].Finish(p, row0 + r + i * kStep);
-        if (lane % 8 == 0) factors[r + i * kStep] = f;
-      }
+    for (int r = (warp - Shape::kWarps - 1) * 8; r < kRows; r += Shape::kFactorWarps * 8) {
+      EightFactors(p, row0 + r, factors + r);
     }
+    asm volatile("bar.arrive 2, %0;" ::"n"((Shape::kWarps + Shape::kFactorWarps) * 32) : "memory");
+    if (kSplit) ArriveCluster(), WaitCluster(), ArriveCluster(), WaitCluster();
+    return;
   }
 
   // Alone, a block adds up its slices as they are done; else it stores them apart.
   const int group = GroupOfWarps();
-  float acc[kRows / 2], total[kRows / 2];
+  constexpr int kSums = kRows / 2;
+  float acc[kSums], total[kSums];
 #pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) acc[i] = 0, total[i] = 0;
-  const auto store = [&](const float(&sum)[kRows / 2], int slot) {
+  for (int i = 0; i < kSums; ++i) acc[i] = 0, total[i] = 0;
+  const auto store = [&](const float(&sum)[kSums], int slot) {
     float* const to = sums + slot * (Shape::kSliceBytes / 4) + group * 64;
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -210,52 +217,57 @@ __global__ void __launch_bounds__(kGroups * 128 + 32)
       }
     }
   };
-  int stage = 0;
+  // (A descriptor's address is counted from 0 to 256 KB: adding to it carries nowhere.)
+  const uint64_t weight0 = TileOperand<kAlongColumns>(stages + group * 64 * kTileRowBytes, 0);
+  const uint64_t x0 = TileOperand<kAlongColumns>(stages + Shape::kWeightBytes, 0);
+  int stage = 0, before = 0;  // the stage whose products may still run
   uint32_t parity = 0;
+  int refills = chunks - num_stages;  // stages that are filled again
+  const auto release = [&] {
+    if (--refills >= 0 && lane == 0) Arrive(empty(before));
+  };
 #pragma unroll 1
   for (int s = slice0; s < slice0 + slices; ++s) {
     const int count = SliceStart(p.in, s + 1) - SliceStart(p.in, s);
-    int before = 0;  // the stage whose products may still run
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       WaitBarrier(full(stage), parity);
-      const char* const weight = stages + stage * Shape::kStageBytes + group * 64 * kTileRowBytes;
-      const char* const x = stages + stage * Shape::kStageBytes + Shape::kWeightBytes;
       BeginProducts();
+      const uint64_t at = stage * (Shape::kStageBytes >> 4);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        Wgmma<kRows, kAlongColumns, kAlongColumns>(acc, TileOperand<kAlongColumns>(weight, k),
-                                                   TileOperand<kAlongColumns>(x, k),
+        Wgmma<kRows, kAlongColumns, kAlongColumns>(acc, weight0 + at + k * 2, x0 + at + k * 2,
                                                    i > 0 || k > 0);
       }
       CommitProducts();
       if (i > 0) {
         WaitProducts<1>();
-        if (lane == 0) Arrive(empty(before));
+        release();
       }
       before = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      if (++stage == num_stages) stage = 0, parity ^= 1;
     }
     WaitProducts<0>();
-    if (count > 0 && lane == 0) Arrive(empty(before));
+    if (count > 0) release();
 #pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     if (count == 0) {
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) acc[i] = 0;
+      for (int i = 0; i < kSums; ++i) acc[i] = 0;
     }
     if (kSplit) {
       store(acc, s - slice0);
     } else {
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) total[i] += acc[i];
+      for (int i = 0; i < kSums; ++i) total[i] += acc[i];
     }
   }
 
   // Patches of 8 rows by 16 outputs: a warp ends those of 16 outputs, every cluster-th one.
   const int column = warp * 16, out = out0 + column;
   const float4 norm = PatchNorm(p, out);
-  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // stages used up, factors there
+  asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the stages are used up
+  asm volatile("bar.sync 2, %0;" ::"n"((Shape::kWarps + Shape::kFactorWarps) * 32) : "memory");
   if (kSplit) {
     ArriveCluster();
   } else {
