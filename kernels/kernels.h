@@ -194,13 +194,17 @@ struct Sequences {
 
 // How a recurrent state rests in its slot.
 //   kFloat32  [heads, K, V] float32
-//   kInt16    [heads, K, V] int16, and behind it (from the next multiple of 16 bytes)
-//             [heads, K, ceil(V / 64)] float32 scales, one for 64 neighbours along V:
-//               value = int16 * scale, scale = m / 32767, int16 = round(value * (32767 / m)),
+//   kInt16    [heads, K, V] integers plus 2^15 in 16 bits, and behind it (from the next multiple of
+//             16 bytes) [heads, K, ceil(V / 64)] float32 scales, one for 64 neighbours along V:
+//               value = integer * scale, scale = m / 32767, integer = round(value * (32767 / m)),
 //             m the largest absolute value of the 64, each step in float32, ties to even. m below
-//             2^-100: all are 0. A value that is not finite makes the scale NaN, hence all 64.
+//             2^-100: the scale is 0, hence all 64. A value that is not finite makes it NaN.
+//             PackStates() does just this. DecodeKernels::Attention() may round the scale, the
+//             quotient and the product otherwise: a value rests within 0.52 of its scale, and where
+//             the scale is 0 or NaN the integers mean nothing.
 enum class StateFormat : uint8_t { kFloat32, kInt16 };
-constexpr int kStateTile = 64;  // neighbours that share a scale
+constexpr int kStateTile = 64;      // neighbours that share a scale
+constexpr int kInt16Zero = 0x8000;  // what is added to an integer of kInt16
 // Bytes from a state to its scales.
 constexpr int64_t Int16ScalesAt(int heads, int key_dim, int value_dim) {
   return (int64_t{2} * heads * key_dim * value_dim + 15) / 16 * 16;

@@ -22,15 +22,15 @@ struct Int16Scale {
   }
 };
 
-void UnpackRow(const int16_t* from, const float* scales, int value_dim, float* to) {
+void UnpackRow(const uint16_t* from, const float* scales, int value_dim, float* to) {
   for (int begin = 0; begin < value_dim; begin += kStateTile) {
     const float scale = *scales++;
     const int end = std::min(begin + kStateTile, value_dim);
-    for (int c = begin; c < end; ++c) to[c] = static_cast<float>(from[c]) * scale;
+    for (int c = begin; c < end; ++c) to[c] = static_cast<float>(from[c] - kInt16Zero) * scale;
   }
 }
 
-void PackRow(const float* from, int value_dim, int16_t* to, float* scales) {
+void PackRow(const float* from, int value_dim, uint16_t* to, float* scales) {
   for (int begin = 0; begin < value_dim; begin += kStateTile) {
     const int end = std::min(begin + kStateTile, value_dim);
     uint32_t largest = 0;
@@ -40,13 +40,14 @@ void PackRow(const float* from, int value_dim, int16_t* to, float* scales) {
     const Int16Scale scale = Int16Scale::Of(largest);
     *scales++ = scale.scale;
     if (scale.inverse == 0) {
-      std::fill(to + begin, to + end, int16_t{0});
+      std::fill(to + begin, to + end, uint16_t{kInt16Zero});
       continue;
     }
-    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+    // Adding 2^23 + 2^15 rounds to an integer, ties to even, and leaves it, plus 2^15, in the low
+    // bits.
     for (int c = begin; c < end; ++c) {
-      const float rounded = from[c] * scale.inverse + 0x1.8p23f;
-      to[c] = static_cast<int16_t>(std::bit_cast<uint32_t>(rounded));
+      const float rounded = from[c] * scale.inverse + (0x1p23f + kInt16Zero);
+      to[c] = static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded));
     }
   }
 }
@@ -78,7 +79,7 @@ void UnpackStates(Device& device, const UnpackStatesArgs& a) {
     if (a.format == StateFormat::kFloat32) {
       std::copy_n(reinterpret_cast<const float*>(state) + at, a.value_dim, to);
     } else {
-      UnpackRow(reinterpret_cast<const int16_t*>(state) + at,
+      UnpackRow(reinterpret_cast<const uint16_t*>(state) + at,
                 reinterpret_cast<const float*>(state + scales_at) + scale, a.value_dim, to);
     }
   });
@@ -92,7 +93,7 @@ void PackStates(Device& device, const PackStatesArgs& a) {
     if (a.format == StateFormat::kFloat32) {
       std::copy_n(from, a.value_dim, reinterpret_cast<float*>(state) + at);
     } else {
-      PackRow(from, a.value_dim, reinterpret_cast<int16_t*>(state) + at,
+      PackRow(from, a.value_dim, reinterpret_cast<uint16_t*>(state) + at,
               reinterpret_cast<float*>(state + scales_at) + scale);
     }
   });

@@ -4,16 +4,20 @@
 // A block has a (sequence, state head, 64 columns of V); the blocks of a head are a cluster, which
 // adds up the squares for the norm. The tile of the state goes to shared memory by asynchronous
 // copies, all of them under way before the kernel ahead has ended: the state's last writer, this
-// kernel in the step before, is far behind (launch.cuh). Each thread copies the 16 bytes that it
-// will work on itself, so it waits for no other thread, and rows leave while later rows still
-// arrive. Of float32, 16 lanes share the 64 columns of a row; of int16, 8, which find its scale.
+// kernel in the step before, is far behind (launch.cuh). Each thread copies the bytes that it will
+// work on itself, so it waits for no other thread, and rows leave while later rows still arrive. Of
+// float32, 16 lanes share the 64 columns of a row; of int16, 4 (8 where query heads share a state).
 // (The copies carry no cache hint: with one, CUDA 13.0 made copies that an H100 found illegal.)
 //
-// The order of every sum is fixed by K and V: down a thread's rows, over the rows of a warp by
-// shuffles, over the warps and then over the blocks of a head through shared memory.
+// An int16 row is worked on in units of its decayed scale: with u = scale * decay, the new row is
+// u (x + (key / u) v), x the integers, so an element costs one FMA, and u is a factor of the query
+// and of the next scale. What a row needs once is found by one thread, before and after.
+//
+// The order of every sum is fixed by K, V and the format: down a thread's rows, over the rows of a
+// warp by shuffles or through shared memory, over the warps and then over the blocks of a head
+// through shared memory.
 #include "kernels/cuda/decode_entry.h"
 #include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/state_format.cuh"
 
 namespace gla {
 namespace {
@@ -131,7 +135,7 @@ struct Piece;
 template <>
 struct Piece<StateFormat::kFloat32> {
   static constexpr int kColumns = 4;
-  __device__ static void Unpack(uint4 raw, float, float (&s)[4]) {
+  __device__ static void Unpack(uint4 raw, float (&s)[4]) {
     s[0] = __uint_as_float(raw.x), s[1] = __uint_as_float(raw.y);
     s[2] = __uint_as_float(raw.z), s[3] = __uint_as_float(raw.w);
   }
@@ -140,69 +144,78 @@ struct Piece<StateFormat::kFloat32> {
 template <>
 struct Piece<StateFormat::kInt16> {
   static constexpr int kColumns = 8;
-  // 2^23 + 2^15 + x has x + 2^15 in its low bits. (Conversion instructions run at a quarter of the
-  // speed.)
-  static constexpr float kBias = 8388608.0f + 32768.0f;
-  __device__ static void Unpack(uint4 raw, float scale, float (&s)[8]) {
+  // kBias + x has what is stored for x, x + 2^15, in its low bits. (Conversion instructions run at
+  // a quarter of the speed.)
+  static constexpr float kBias = 0x1p23f + kInt16Zero;
+  __device__ static uint4 Zeros() {
+    constexpr uint32_t kTwo = kInt16Zero * 0x10001u;
+    return {kTwo, kTwo, kTwo, kTwo};
+  }
+  __device__ static void Unpack(uint4 raw, float (&x)[8]) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t biased = words[i] ^ 0x80008000u;
-      const float low = __uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7610)) - kBias;
-      const float high = __uint_as_float(__byte_perm(biased, 0x4B000000u, 0x7632)) - kBias;
-      s[2 * i] = low * scale, s[2 * i + 1] = high * scale;
+      x[2 * i] = __uint_as_float(__byte_perm(words[i], 0x4B000000u, 0x7610)) - kBias;
+      x[2 * i + 1] = __uint_as_float(__byte_perm(words[i], 0x4B000000u, 0x7632)) - kBias;
     }
   }
-  struct Packed {
-    uint4 words;
-    float scale;
-  };
-  // `size`: the largest of the row, NaN when there is a NaN.
-  __device__ static Packed Pack(const float (&s)[8], float size) {
-    // Quotients as division rounds them (tried for every mantissa), without its special cases.
-    constexpr float kMost = 32767.0f;
-    float scale = size * (1.0f / kMost);
-    scale = fmaf(fmaf(-scale, kMost, size), 1.0f / kMost, scale);
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(size));
-    const float reciprocal = fmaf(fmaf(-size, inverse, 1.0f), inverse, inverse);
-    inverse = kMost * reciprocal;
-    inverse = fmaf(fmaf(-size, inverse, kMost), reciprocal, inverse);
-    if (!(size >= 0x1p-100f && size < 0x1p100f)) {
-      const Int16Scale unusual = Int16Scale::Of(__float_as_uint(size));
-      scale = unusual.scale, inverse = unusual.inverse;
-    }
+  // Adding the bias rounds to an integer, ties to even.
+  __device__ static uint4 Pack(const float (&x)[8], float inverse) {
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      words[i] = __byte_perm(Round(s[2 * i], inverse), Round(s[2 * i + 1], inverse), 0x5410);
-      if (inverse == 0) words[i] = 0;  // also where a value is NaN
+      words[i] = __byte_perm(__float_as_uint(fmaf(x[2 * i], inverse, kBias)),
+                             __float_as_uint(fmaf(x[2 * i + 1], inverse, kBias)), 0x5410);
     }
-    return {{words[0], words[1], words[2], words[3]}, scale};
+    return {words[0], words[1], words[2], words[3]};
   }
-  // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-  __device__ static uint32_t Round(float x, float inverse) {
-    return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 0x1.8p23f));
-  }
-  // The largest size in the row, of its eight lanes; NaN when there is a NaN.
-  __device__ static float Largest(const float (&s)[8]) {
-    float largest = fabsf(s[0]);
+  // max(size, |x|), NaN when there is a NaN.
+  __device__ static float Largest(const float (&x)[8], float size) {
 #pragma unroll
-    for (int i = 1; i < 8; ++i) largest = Larger(largest, fabsf(s[i]));
-#pragma unroll
-    for (int mask = 1; mask < kTile / kColumns; mask *= 2) {
-      largest = Larger(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, mask));
-    }
-    return largest;
+    for (int i = 0; i < 8; ++i) size = Larger(size, fabsf(x[i]));
+    return size;
   }
   __device__ static float Larger(float x, float y) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(y));
     return x;
   }
+  // Without a branch around it.
+  __device__ static void Store(char* to, uint4 words, bool writes) {
+    asm volatile(
+        "{\n"
+        ".reg .pred writes;\n"
+        "setp.ne.u32 writes, %5, 0;\n"
+        "@writes st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n"
+        "}" ::"l"(__cvta_generic_to_global(to)),
+        "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(uint32_t{writes})
+        : "memory");
+  }
+  // 32767 / size, to two roundings.
+  __device__ static float Inverse(float size) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(size));
+    return 32767.0f * reciprocal;
+  }
+
+  // Sizes of a row are at least this, so that they have an inverse.
+  static constexpr float kLeastSize = 0x1p-60f;
+  // The unit of a row; one that can be divided by where the row is 0, or nothing beside the key or
+  // by itself: this leaves of it at most 2^-65 |key| or 2^-105. NaN stays NaN.
+  __device__ static float Unit(float scale, float decay, float key) {
+    const float unit = scale * decay, least = fmaxf(fabsf(key) * 0x1p-80f, 0x1p-120f);
+    return unit < least ? least : unit;
+  }
+  // The scale of a row of this size in units.
+  __device__ static float Scale(float unit, float size) {
+    const float largest = unit * size;
+    if (largest < 0x1p-100f) return 0;
+    return largest < INFINITY ? largest * (1.0f / 32767.0f) : NAN;
+  }
 };
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
+// Of a key: its decay and itself; of an int16 row, its unit and the key in units.
 struct KeyRow {
   float decay, key;
 };
@@ -234,19 +247,38 @@ struct GateRow {
   }
 };
 
+// Pieces of a row that a lane has.
+template <StateFormat kFormat, int kGroup>
+constexpr int kPiecesOf = (kFormat == StateFormat::kInt16 && kGroup == 1) ? 2 : 1;
+
 // Dynamic shared memory, in bytes from its start.
 template <StateFormat kFormat, int kThreads, int kGroup>
 struct Layout {
+  // Sums over warps are added where the tile was, so that more blocks fit.
+  static constexpr bool kSumsInTile = kPiecesOf<kFormat, kGroup> > 1;
+  static constexpr int kPartialStep = kSumsInTile ? 128 : kGroup * kTile;  // floats of a warp
+
   int rows, queries, scales, partial, squares, barrier, total;
 
   __host__ __device__ explicit Layout(int key_dim)
-      : rows(key_dim * kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2)),  // KeyRow [K]
-        queries(rows + key_dim * static_cast<int>(sizeof(KeyRow))),          // [K][kGroup]
-        scales(queries + key_dim * kGroup * 4),                              // [K]
-        partial(scales + (kFormat == StateFormat::kInt16 ? RoundUp(key_dim, 4) * 4 : 0)),
-        squares(partial + kThreads / 32 * kGroup * kTile * 4),  // [kGroup][tiles]
+      : rows(TileBytes(key_dim)),                                    // KeyRow [K]
+        queries(rows + key_dim * static_cast<int>(sizeof(KeyRow))),  // [K][kGroup]
+        scales(queries + key_dim * kGroup * 4),                      // [K], then sizes in units
+        partial(kSumsInTile ? 0 : ScalesEnd(key_dim)),
+        squares(kSumsInTile ? ScalesEnd(key_dim)
+                            : partial + kThreads / 32 * kPartialStep * 4),  // [kGroup][tiles]
         barrier(squares + kGroup * kMostTiles * 4),
         total(barrier + 8) {}
+
+ private:
+  __host__ __device__ static int TileBytes(int key_dim) {
+    const int tile = key_dim * kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2);
+    const int sums = kSumsInTile ? 64 * kThreads : 0;  // every thread's
+    return tile > sums ? tile : sums;
+  }
+  __host__ __device__ int ScalesEnd(int key_dim) const {
+    return scales + (kFormat == StateFormat::kInt16 ? RoundUp(key_dim, 4) * 4 : 0);
+  }
 };
 
 // kGroup: at least the query heads of a state. kBlocks: on a multiprocessor, as registers allow.
@@ -254,9 +286,11 @@ template <StateFormat kFormat, int kThreads, int kGroup, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const Parameters p) {
   using Piece = Piece<kFormat>;
   constexpr bool kIsInt16 = kFormat == StateFormat::kInt16;
-  constexpr int kColumns = Piece::kColumns, kLanes = kTile / kColumns;
+  constexpr int kColumns = Piece::kColumns, kPieces = kPiecesOf<kFormat, kGroup>;
+  constexpr int kLanes = kTile / kColumns / kPieces;
   constexpr int kSideBySide = kThreads / kLanes;  // rows
   constexpr int kWarps = kThreads / 32;
+  constexpr int kPartialStep = Layout<kFormat, kThreads, kGroup>::kPartialStep;
   constexpr int kElementBytes = 16 / kColumns;
   extern __shared__ __align__(16) char shared[];
   const DecodeAttentionArgs& a = p.a;
@@ -275,15 +309,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
   const int head = static_cast<int>(cluster - seq * a.state_heads);
   const int kv_head = static_cast<int>(head * p.inverse_share >> kInverseBits);
   const int key_dim = a.key_dim, value_dim = a.value_dim;
+  // Columns of the first piece; the second's are kPieceStep further.
+  constexpr int kPieceStep = kLanes * kColumns;
   const int column = id % kLanes * kColumns, row0 = id / kLanes;
-  const bool has_columns = tile * kTile + column < value_dim;
+  bool has_columns[kPieces];
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    has_columns[j] = tile * kTile + column + j * kPieceStep < value_dim;
+  }
 
   // What the kernel ahead does not touch: slots, state, the gate's weights.
   const int read = a.read_slots[seq], write = a.write_slots[seq];
   const int64_t piece_at =
       ((int64_t{head} * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
   const int64_t row_step = int64_t{kSideBySide} * value_dim * kElementBytes;
-  char* const mine = shared + 16 * id;  // of the first row; 16 kThreads bytes to the next
+  char* const mine = shared + 16 * id;  // the first piece; 16 kThreads bytes to the next
   const unsigned passes = CeilDiv<unsigned>(key_dim, kSideBySide);
   {
     const char* const state =
@@ -297,13 +337,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
       }
       CommitCopies();
     }
+    bool reads[kPieces], reads_all = true;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      reads[j] = read >= 0 && has_columns[j];
+      reads_all = reads_all && reads[j];
+    }
+    if constexpr (kIsInt16) {
+      // Copies of nothing leave bits of 0, which are not the integer 0.
+      const unsigned zero_passes = reads_all ? 0 : passes;
+#pragma unroll 1
+      for (unsigned i = 0; i < zero_passes; ++i) {
+        if (row0 + i * kSideBySide >= key_dim) break;
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+          if (reads[j]) continue;
+          *reinterpret_cast<uint4*>(mine + (i * kPieces + j) * 16 * kThreads) = Piece::Zeros();
+        }
+      }
+    }
     const char* from = state + piece_at;
 #pragma unroll 1
     for (unsigned part = 0; part < kParts; ++part) {
-#pragma unroll 4
+#pragma unroll(kIsInt16 ? 1 : 4)
       for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) {
         if (row0 + i * kSideBySide < key_dim) {
-          CopyAsync<16>(mine + i * 16 * kThreads, from, read >= 0 && has_columns);
+#pragma unroll
+          for (int j = 0; j < kPieces; ++j) {
+            if (kIsInt16 && !reads[j]) continue;
+            CopyAsync<16>(mine + (i * kPieces + j) * 16 * kThreads,
+                          from + j * kPieceStep * kElementBytes, reads[j]);
+          }
         }
         from += row_step;
       }
@@ -321,11 +385,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
   WaitForPrevious();
   AllowNext();
 
-  float v[kColumns] = {};
-  if (has_columns) {
+  float v[kPieces][kColumns] = {};
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    if (!has_columns[j]) continue;
     LoadBf16(static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * value_dim +
-                 tile * kTile + column,
-             v);
+                 tile * kTile + column + j * kPieceStep,
+             v[j]);
   }
   {
     const bf16* const k_row =
@@ -361,7 +427,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
         if (p.clamps && gate < p.clamp_min) gate = p.clamp_min;
         decay = expf(gate);
       }
-      key_rows[k] = {decay, key};
+      if constexpr (kIsInt16) {
+        WaitForCopies<kParts>();
+        const float unit = Piece::Unit(scales[k], decay, key);
+        key_rows[k] = {unit, __fdividef(key, unit)};
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) q[g] *= unit;
+      } else {
+        key_rows[k] = {decay, key};
+      }
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) queries[k * kGroup + g] = q[g];
     }
@@ -387,72 +461,117 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
                                                           seq * a.output_gate_stride + at_end(g));
     }
   }
-  if constexpr (kIsInt16) WaitForCopies<kParts>();
   __syncthreads();
 
-  float o[kGroup][kColumns] = {};
-  const bool writes = write >= 0 && has_columns;
+  float o[kGroup][kPieces][kColumns] = {};
   char* const state = static_cast<char*>(a.state) + (write < 0 ? 0 : write * a.state_stride);
   char* to = state + piece_at;
   const auto step = [&](int i) {
     const int k = row0 + i * kSideBySide;
     if (k < key_dim) {  // the same for a whole warp
-      const uint4 raw = *reinterpret_cast<const uint4*>(mine + i * 16 * kThreads);
+      float s[kPieces][kColumns];
       const KeyRow row = key_rows[k];
-      float s[kColumns];
-      Piece::Unpack(raw, kIsInt16 ? scales[k] : 0.0f, s);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) s[c] = fmaf(row.decay, s[c], row.key * v[c]);
+      for (int j = 0; j < kPieces; ++j) {
+        Piece::Unpack(*reinterpret_cast<const uint4*>(mine + (i * kPieces + j) * 16 * kThreads),
+                      s[j]);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          s[j][c] = kIsInt16 ? fmaf(row.key, v[j][c], s[j][c])
+                             : fmaf(row.decay, s[j][c], row.key * v[j][c]);
+        }
+      }
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
         const float q = queries[k * kGroup + g];
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) o[g][c] = fmaf(q, s[c], o[g][c]);
+        for (int j = 0; j < kPieces; ++j) {
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) o[g][j][c] = fmaf(q, s[j][c], o[g][j][c]);
+        }
       }
       if constexpr (kIsInt16) {
-        const auto packed = Piece::Pack(s, Piece::Largest(s));
-        if (writes) __stcs(reinterpret_cast<uint4*>(to), packed.words);
-        __syncwarp();  // its lanes have read the old one
-        if (lane % kLanes == 0) scales[k] = packed.scale;
+        float size = Piece::kLeastSize;
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) size = Piece::Largest(s[j], size);
+#pragma unroll
+        for (int mask = 1; mask < kLanes; mask *= 2) {
+          size = Piece::Larger(size, __shfl_xor_sync(0xFFFFFFFFu, size, mask));
+        }
+        const float inverse = Piece::Inverse(size);
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+          Piece::Store(to + j * kPieceStep * kElementBytes, Piece::Pack(s[j], inverse),
+                       write >= 0 && has_columns[j]);
+        }
+        if (lane % kLanes == 0) scales[k] = size;
       } else {
-        if (writes) __stcs(reinterpret_cast<float4*>(to), float4{s[0], s[1], s[2], s[3]});
+        if (write >= 0 && has_columns[0]) {
+          __stcs(reinterpret_cast<float4*>(to), float4{s[0][0], s[0][1], s[0][2], s[0][3]});
+        }
       }
     }
     to += row_step;
   };
-#pragma unroll 1
+#pragma unroll(kIsInt16 ? kParts : 1)
   for (unsigned part = 0; part < kParts; ++part) {
     if (part == 0) WaitForCopies<3>();
     if (part == 1) WaitForCopies<2>();
     if (part == 2) WaitForCopies<1>();
     if (part == 3) WaitForCopies<0>();
-#pragma unroll 2
+#pragma unroll(kIsInt16 ? 1 : 2)
     for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) step(i);
   }
 
+  if constexpr (kPieces == 1) {
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+    for (int g = 0; g < kGroup; ++g) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      for (int mask = kLanes; mask < 32; mask *= 2) {
-        o[g][c] += __shfl_xor_sync(0xFFFFFFFFu, o[g][c], mask);
+      for (int c = 0; c < kColumns; ++c) {
+        for (int mask = kLanes; mask < 32; mask *= 2) {
+          o[g][0][c] += __shfl_xor_sync(0xFFFFFFFFu, o[g][0][c], mask);
+        }
+      }
+      if (lane < kLanes) {
+        float* const part = partial + warp * kPartialStep + g * kTile + column;
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 4) {
+          StoreFour(part + c, {o[g][0][c], o[g][0][c + 1], o[g][0][c + 2], o[g][0][c + 3]});
+        }
       }
     }
-    if (lane < kLanes) {
-      float* const part = partial + (warp * kGroup + g) * kTile + column;
+  } else {
+    // Each thread's sums to where its pieces were; then two columns to a lane.
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
 #pragma unroll
       for (int c = 0; c < kColumns; c += 4) {
-        StoreFour(part + c, {o[g][c], o[g][c + 1], o[g][c + 2], o[g][c + 3]});
+        StoreFour(reinterpret_cast<float*>(mine + (j * kColumns + c) / 4 * 16 * kThreads),
+                  {o[0][j][c], o[0][j][c + 1], o[0][j][c + 2], o[0][j][c + 3]});
       }
     }
+    __syncwarp();
+    const int piece = 2 * lane / kPieceStep, in_piece = 2 * lane % kPieceStep;
+    const int four = (piece * kColumns + in_piece % kColumns) / 4;
+    const char* const from =
+        shared + (four * kThreads + 32 * warp + in_piece / kColumns) * 16 + 2 * lane % 4 * 4;
+    float2 sum = {0, 0};
+#pragma unroll
+    for (int row = 0; row < 32 / kLanes; ++row) {
+      const float2 one = *reinterpret_cast<const float2*>(from + row * kLanes * 16);
+      sum.x += one.x, sum.y += one.y;
+    }
+    __syncwarp();
+    *reinterpret_cast<float2*>(partial + warp * kPartialStep + 2 * lane) = sum;
   }
   __syncthreads();
-  if (kIsInt16 && write >= 0) {
+  if constexpr (kIsInt16) {
     float* const scales_to =
         reinterpret_cast<float*>(state + p.scales_at) + int64_t{head} * key_dim * p.tiles + tile;
 #pragma unroll 1
-    for (int k = id; k < key_dim; k += kThreads)
-      __stcs(scales_to + int64_t{k} * p.tiles, scales[k]);
+    for (int k = write < 0 ? key_dim : id; k < key_dim; k += kThreads) {
+      __stcs(scales_to + int64_t{k} * p.tiles, Piece::Scale(key_rows[k].decay, scales[k]));
+    }
   }
 
   // A warp to a query head.
@@ -465,7 +584,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float2 part =
-          *reinterpret_cast<const float2*>(partial + (w * kGroup + g) * kTile + 2 * lane);
+          *reinterpret_cast<const float2*>(partial + w * kPartialStep + g * kTile + 2 * lane);
       sum.x += part.x, sum.y += part.y;
     }
     x[i] = has_end ? float2{sum.x * a.scale, sum.y * a.scale} : float2{0, 0};
@@ -525,8 +644,13 @@ void Launch(Device& device, const Parameters& p) {
 template <StateFormat kFormat>
 void LaunchGroup(Device& device, const Parameters& p) {
   // The number of threads changes the order of sums: it may depend on K, not on rows.
-  if (p.group == 1 && p.a.key_dim <= 128) return Launch<kFormat, 128, 1, 8>(device, p);
-  if (p.group == 1) return Launch<kFormat, 256, 1, 4>(device, p);
+  if constexpr (kFormat == StateFormat::kInt16) {
+    if (p.group == 1 && p.a.key_dim <= 256) return Launch<kFormat, 128, 1, 6>(device, p);
+    if (p.group == 1) return Launch<kFormat, 256, 1, 3>(device, p);
+  } else {
+    if (p.group == 1 && p.a.key_dim <= 128) return Launch<kFormat, 128, 1, 8>(device, p);
+    if (p.group == 1) return Launch<kFormat, 256, 1, 4>(device, p);
+  }
   if (p.group == 2) return Launch<kFormat, 256, 2, 4>(device, p);
   if (p.group <= 4) return Launch<kFormat, 256, 4, 2>(device, p);
   return Launch<kFormat, 256, 8, 2>(device, p);

@@ -1,11 +1,27 @@
 // States between their slots and float32: a warp to a piece of 64 columns.
-#include "kernels/cuda/state_format.cuh"
+#include "kernels/cuda/common.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
 namespace {
 
 constexpr int kThreads = 256;
+
+struct Int16Scale {
+  float scale, inverse;
+
+  // `bits`: of the largest absolute value. As integers, NaN > infinity > numbers.
+  __device__ static Int16Scale Of(uint32_t bits) {
+    if (bits >= 0x7F800000u) return {__uint_as_float(0x7FC00000u), 0};
+    const float largest = __uint_as_float(bits);
+    if (largest < 0x1p-100f) return {0, 0};
+    return {__fdiv_rn(largest, 32767.0f), __fdiv_rn(32767.0f, largest)};
+  }
+  // NaN becomes 0.
+  __device__ uint16_t Pack(float x) const {
+    return static_cast<uint16_t>(__float2int_rn(x * inverse) + kInt16Zero);
+  }
+};
 
 // A warp's piece of a row: `row` counts the rows of all heads of one state.
 struct Piece {
@@ -44,7 +60,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = threadIdx.x % 32; c < at.count; c += 32) {
     float x = 0;
     if (slot >= 0) {
-      x = is_int16 ? static_cast<float>(reinterpret_cast<const int16_t*>(state)[from + c]) * scale
+      x = is_int16 ? static_cast<float>(reinterpret_cast<const uint16_t*>(state)[from + c] -
+                                        kInt16Zero) *
+                         scale
                    : reinterpret_cast<const float*>(state)[from + c];
     }
     to[c] = x;
@@ -71,9 +89,9 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t largest = max(__float_as_uint(x[0]) & 0x7FFFFFFFu, __float_as_uint(x[1]) & 0x7FFFFFFFu);
   largest = __reduce_max_sync(0xFFFFFFFFu, largest);
   const Int16Scale scale = Int16Scale::Of(largest);
-  int16_t* const out = reinterpret_cast<int16_t*>(state) + to;
-  if (lane < at.count) out[lane] = static_cast<int16_t>(scale.Round(x[0]));
-  if (lane + 32 < at.count) out[lane + 32] = static_cast<int16_t>(scale.Round(x[1]));
+  uint16_t* const out = reinterpret_cast<uint16_t*>(state) + to;
+  if (lane < at.count) out[lane] = scale.Pack(x[0]);
+  if (lane + 32 < at.count) out[lane + 32] = scale.Pack(x[1]);
   if (lane == 0) {
     reinterpret_cast<float*>(
         state + scales_at)[at.row * CeilDiv(a.value_dim, kStateTile) + at.column / kStateTile] =

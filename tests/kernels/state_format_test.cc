@@ -37,8 +37,8 @@ std::vector<char> Packed(const std::vector<float>& state, const Shape& shape) {
       const float inverse = zero ? 0 : 32767.0f / largest;
       for (int c = begin; c < end; ++c) {
         const volatile float product = zero ? 0 : x[c] * inverse;
-        reinterpret_cast<int16_t*>(bytes.data())[row * shape.value_dim + c] =
-            static_cast<int16_t>(std::nearbyint(product));
+        reinterpret_cast<uint16_t*>(bytes.data())[row * shape.value_dim + c] =
+            static_cast<uint16_t>(std::nearbyint(product) + 32768);
       }
     }
   }
