@@ -3,7 +3,8 @@
 //
 // Latencies are those of the client: time to first token from the moment the request was sent
 // (closed loop) or should have been sent (open loop); between tokens: the time between two
-// messages, shared by the tokens of the later one.
+// messages, shared by the tokens of the later one. With --warmup only what falls into a window of
+// time counts, see Window.
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,11 +29,16 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+Clock::duration ToDuration(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
 
 struct Options {
   int64_t users = 1;
   int64_t requests = 0;
   double duration = 0;
+  double ramp = 0;
+  double warmup = 0;
   double rate = 0;
   int64_t prompt_tokens = 16;
   int64_t new_tokens = 64;
@@ -41,11 +48,19 @@ struct Options {
   int64_t seed = 1;
 };
 
+// The time that counts: latencies are those of requests sent in it, rates are of the tokens and
+// ends of requests that arrive in it, whenever these were sent.
+struct Window {
+  Clock::time_point begin, end;
+
+  bool Has(Clock::time_point time) const { return begin <= time && time < end; }
+};
+
 // What one user saw; merged at the end.
 struct Tally {
   std::vector<double> first_token, between_tokens, whole;  // seconds
-  std::map<std::string, int64_t> codes;
-  int64_t prompt_tokens = 0;
+  std::map<std::string, int64_t> codes;                    // of all requests
+  int64_t finished = 0;
   int64_t tokens = 0;
 
   void Add(const Tally& other) {
@@ -55,7 +70,7 @@ struct Tally {
       to->insert(to->end(), from->begin(), from->end());
     }
     for (const auto& [code, count] : other.codes) codes[code] += count;
-    prompt_tokens += other.prompt_tokens;
+    finished += other.finished;
     tokens += other.tokens;
   }
 };
@@ -73,8 +88,7 @@ class Arrivals {
     *when = Clock::now();
     if (options_.rate > 0) {
       std::exponential_distribution<double> gap(options_.rate);
-      next_ +=
-          std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(gap(random_)));
+      next_ += ToDuration(gap(random_));
       *when = next_;
     }
     if (options_.duration > 0 && Seconds(*when - start_) >= options_.duration) return false;
@@ -102,7 +116,8 @@ class User {
         // Ids below 3 are the special tokens of most vocabularies.
         ids_(std::min(3, info.vocab_size() - 1), info.vocab_size() - 1) {}
 
-  void Run(Arrivals& arrivals) {
+  void Run(Arrivals& arrivals, const Window& window) {
+    window_ = window;
     Clock::time_point when;
     while (!call_options_.call->cancelled() && arrivals.Next(&when)) {
       std::this_thread::sleep_until(when);
@@ -141,6 +156,7 @@ class User {
     request.set_ignore_eos(true);
     request.mutable_sampling()->set_temperature(static_cast<float>(options_.temperature));
     request.mutable_sampling()->set_seed(random_());
+    const bool is_counted = window_.Has(start);
     bool first = true;
     Clock::time_point last = start;
     const grpc::Status status = client_.Generate(
@@ -149,22 +165,28 @@ class User {
           const int count = response.token_ids_size();
           if (count == 0) return;
           const Clock::time_point now = Clock::now();
-          const double gap = Seconds(now - last);
-          (first ? tally.first_token : tally.between_tokens).push_back(first ? gap : gap / count);
-          for (int i = 1; i < count; ++i) tally.between_tokens.push_back(first ? 0 : gap / count);
+          if (window_.Has(now)) tally.tokens += count;
+          if (is_counted) AddLatencies(Seconds(now - last), count, first);
           first = false;
           last = now;
-          tally.tokens += count;
         },
         call_options_);
     ++tally.codes[CodeName(status.error_code())];
     if (!status.ok()) return false;
-    tally.prompt_tokens += options_.prompt_tokens;
-    tally.whole.push_back(Seconds(Clock::now() - start));
+    const Clock::time_point end = Clock::now();
+    if (window_.Has(end)) ++tally.finished;
+    if (is_counted) tally.whole.push_back(Seconds(end - start));
     return true;
   }
 
+  // Of a message with `count` tokens, `gap` seconds after the one before it.
+  void AddLatencies(double gap, int count, bool first) {
+    (first ? tally.first_token : tally.between_tokens).push_back(first ? gap : gap / count);
+    for (int i = 1; i < count; ++i) tally.between_tokens.push_back(first ? 0 : gap / count);
+  }
+
   const Options& options_;
+  Window window_;
   Client client_;
   CallOptions call_options_;
   std::mt19937_64 random_;
@@ -191,6 +213,48 @@ void PrintRow(const char* name, const nlohmann::ordered_json& percentiles) {
   std::printf("  ms\n");
 }
 
+// What is wrong with the times, or nothing.
+std::string CheckTimes(const Options& options) {
+  for (const auto& [name, value] :
+       {std::pair("ramp", options.ramp), std::pair("warmup", options.warmup)}) {
+    std::ostringstream error;
+    error << "--" << name << ": expected ";
+    if (value < 0) {
+      error << "0 or more seconds, got " << value;
+      return error.str();
+    }
+    if (options.duration > 0 && value >= options.duration) {
+      error << "less than --duration " << options.duration << ", got " << value;
+      return error.str();
+    }
+  }
+  if (options.ramp > 0 && options.rate > 0) {
+    return "--ramp: expected a closed loop, got --rate, which spreads requests by itself";
+  }
+  if (options.warmup > 0 && options.duration <= 0) {
+    return "--warmup: expected --duration, which ends what is counted, got none";
+  }
+  return "";
+}
+
+// Starts the users, spread over --ramp, and waits until all are done. The window that counts.
+Window RunUsers(const Options& options, const std::vector<std::unique_ptr<Call>>& calls,
+                const std::vector<std::unique_ptr<User>>& users) {
+  const Clock::time_point start = Clock::now();
+  const Window window = {
+      start + ToDuration(options.warmup),
+      options.warmup > 0 ? start + ToDuration(options.duration) : Clock::time_point::max()};
+  Arrivals arrivals(options, start);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < users.size() && !calls[i]->cancelled(); ++i) {
+    std::this_thread::sleep_until(start + ToDuration(options.ramp * static_cast<double>(i) /
+                                                     static_cast<double>(users.size())));
+    threads.emplace_back([&, i] { users[i]->Run(arrivals, window); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return {window.begin, std::min(Clock::now(), window.end)};
+}
+
 int Main(const std::vector<std::string>& arguments) {
   Common common;
   Options options;
@@ -198,6 +262,11 @@ int Main(const std::vector<std::string>& arguments) {
   args.Add("users", &options.users, "closed loop: users; open loop: most requests at once");
   args.Add("requests", &options.requests, "end after so many requests (with --turns: sessions)");
   args.Add("duration", &options.duration, "end after so many seconds");
+  args.Add("ramp", &options.ramp,
+           "closed loop: the users begin evenly spread over so many seconds (default 0: at once)");
+  args.Add("warmup", &options.warmup,
+           "with --duration: latencies of requests sent, rates of what arrives, from so many "
+           "seconds on to the duration's end");
   args.Add("rate", &options.rate, "open loop: requests per second, Poisson; 0: closed loop");
   args.Add("prompt-tokens", &options.prompt_tokens, "random token ids per prompt (default 16)");
   args.Add("new-tokens", &options.new_tokens, "generated per request, exactly (default 64)");
@@ -222,6 +291,7 @@ int Main(const std::vector<std::string>& arguments) {
                         std::to_string(value));
     }
   }
+  if (std::string error = CheckTimes(options); !error.empty()) return UsageError(error);
   if (options.requests <= 0 && options.duration <= 0) options.requests = options.users * 4;
 
   Call* call = InterruptibleCall();
@@ -240,13 +310,10 @@ int Main(const std::vector<std::string>& arguments) {
   SetInterruptHandler([&calls] {
     for (const auto& one : calls) one->Cancel();
   });
-  const Clock::time_point start = Clock::now();
-  Arrivals arrivals(options, start);
-  std::vector<std::thread> threads;
-  for (const auto& user : users) threads.emplace_back([&] { user->Run(arrivals); });
-  for (std::thread& thread : threads) thread.join();
-  const double seconds = Seconds(Clock::now() - start);
+  const Window window = RunUsers(options, calls, users);
   SetInterruptHandler(nullptr);
+  // Above 0 also when the warm-up was interrupted.
+  const double seconds = std::max(Seconds(window.end - window.begin), 1e-9);
   Tally tally;
   for (const auto& user : users) tally.Add(user->tally);
 
@@ -258,17 +325,20 @@ int Main(const std::vector<std::string>& arguments) {
       {"device", info.device()},
       {"users", options.users},
       {"rate", options.rate},
+      {"ramp_seconds", options.ramp},
+      {"warmup_seconds", options.warmup},
       {"prompt_tokens", options.prompt_tokens},
       {"new_tokens", options.new_tokens},
       {"turns", options.turns},
       {"seconds", seconds},
-      {"requests_ok", tally.whole.size()},
+      {"requests_ok", tally.finished},
       {"requests_failed", failed},
       {"codes", tally.codes},
-      {"requests_per_second", static_cast<double>(tally.whole.size()) / seconds},
+      {"requests_per_second", static_cast<double>(tally.finished) / seconds},
       {"generated_tokens", tally.tokens},
       {"tokens_per_second", static_cast<double>(tally.tokens) / seconds},
-      {"prompt_tokens_per_second", static_cast<double>(tally.prompt_tokens) / seconds},
+      {"prompt_tokens_per_second",
+       static_cast<double>(tally.finished * options.prompt_tokens) / seconds},
       {"time_to_first_token_seconds", Percentiles(tally.first_token)},
       {"between_tokens_seconds", Percentiles(tally.between_tokens)},
       {"request_seconds", Percentiles(tally.whole)}};
@@ -283,9 +353,9 @@ int Main(const std::vector<std::string>& arguments) {
     PrintRow("time to first token", json["time_to_first_token_seconds"]);
     PrintRow("between tokens", json["between_tokens_seconds"]);
     PrintRow("whole request", json["request_seconds"]);
-    std::printf("%.1f s, %zu requests, %.1f requests/s, %.0f new tokens/s, %.0f prompt tokens/s\n",
-                seconds, tally.whole.size(), json["requests_per_second"].get<double>(),
-                json["tokens_per_second"].get<double>(),
+    std::printf("%.1f s, %lld requests, %.1f requests/s, %.0f new tokens/s, %.0f prompt tokens/s\n",
+                seconds, static_cast<long long>(tally.finished),
+                json["requests_per_second"].get<double>(), json["tokens_per_second"].get<double>(),
                 json["prompt_tokens_per_second"].get<double>());
     for (const auto& [code, count] : tally.codes) {
       if (code != "OK") std::printf("%s: %lld\n", code.c_str(), static_cast<long long>(count));

@@ -142,3 +142,43 @@ def test_load_generator(server):
     text = gla(server, "--users", 2, "--requests", 4, "--new-tokens", 4, binary=BIN / "gla-load").stdout
     assert "time to first token" in text and "tokens/s" in text
     gla(server, "--users", 0, code=2, binary=BIN / "gla-load")
+
+
+def test_load_ramp_spreads_the_users(server):
+    load = subprocess.Popen([str(BIN / "gla-load"), "--users", "3", "--ramp", "1.5", "--duration", "2",
+                             "--new-tokens", "400", "--json", "--target", server.target],
+                            stdout=subprocess.PIPE, text=True)
+    seen = {}  # when so many requests were first seen running
+    while load.poll() is None:
+        seen.setdefault(server.metric("gla_requests_running"), time.monotonic())
+    report = json.loads(load.stdout.read())
+    assert report["requests_failed"] == 0 and report["ramp_seconds"] == 1.5
+    assert seen[2] - seen[1] > 0.25 and seen[3] - seen[2] > 0.25, seen  # begun 0.5 s after each other
+
+
+def test_load_warmup_is_not_counted(server):
+    generated = server.metric("gla_generated_tokens_total")
+    load = gla_json(server, "--users", 2, "--duration", 1.2, "--warmup", 0.8, "--new-tokens", 4,
+                    binary=BIN / "gla-load")
+    sent = load["codes"]["OK"]
+    assert server.metric("gla_generated_tokens_total") - generated == 4 * sent  # carried out
+    assert 0 < load["requests_ok"] < sent and 0 < load["generated_tokens"] < 4 * sent
+    assert load["seconds"] == pytest.approx(0.4)
+    assert load["tokens_per_second"] == pytest.approx(load["generated_tokens"] / 0.4)
+    # A first request, in the warm-up, that is longer than what is counted: tokens, but no latencies.
+    load = gla_json(server, "--users", 1, "--requests", 1, "--duration", 0.2, "--warmup", 0.05,
+                    "--new-tokens", 8000, "--prompt-tokens", 1, binary=BIN / "gla-load")
+    assert load["generated_tokens"] > 0 and load["codes"] == {"OK": 1}
+    assert load["time_to_first_token_seconds"]["max"] == load["request_seconds"]["max"] == 0
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--ramp", "-1"], "--ramp: expected 0 or more seconds, got -1"),
+    (["--ramp", "1", "--rate", "5"], "--ramp: expected a closed loop"),
+    (["--ramp", "3", "--duration", "2"], "--ramp: expected less than --duration 2, got 3"),
+    (["--warmup", "-0.5"], "--warmup: expected 0 or more seconds, got -0.5"),
+    (["--warmup", "1", "--requests", "9"], "--warmup: expected --duration"),
+    (["--warmup", "2", "--duration", "2"], "--warmup: expected less than --duration 2, got 2"),
+])
+def test_load_refuses_times_that_do_not_fit(server, flags, message):
+    assert message in gla(server, *flags, code=2, binary=BIN / "gla-load").stderr
