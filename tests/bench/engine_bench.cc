@@ -2,10 +2,11 @@
 //
 // A decode step is what the engine does for N running sequences: upload of the plan, the forward
 // pass, greedy sampling, and while the next step runs, the ids to the host. A prefill step runs one
-// prompt and gives the logits of its last token. Weights are random unless --model names a
-// checkpoint. The bytes of a decode step are the weights once and every state read and written,
-// compared with the rate of a plain copy in device memory measured in the same run (CPU: of plain
-// reads). Logits are checked to be finite before anything is timed.
+// prompt and gives the logits of its last token. --positions times decode steps of sequences that
+// have read so many tokens, --mixed decode steps that carry whole prompts as well. Weights are
+// random unless --model names a checkpoint. The bytes of a decode step are the weights once and
+// every state read and written, compared with the rate of a plain copy in device memory measured in
+// the same run (CPU: of plain reads). Logits are checked to be finite before anything is timed.
 
 #include <algorithm>
 #include <chrono>
@@ -35,8 +36,15 @@ namespace {
 constexpr char kUsage[] =
     "usage: gla-bench-engine [--config gla-340m|gla-1.3b|gla-2.7b|bard-6m | --model DIR]\n"
     "  [--dtype float32|bfloat16] [--state-dtype float32|int16] [--seqs 1,64,256]\n"
-    "  [--prompt 512,2048] [--steps 50] [--prefill-form recurrent|chunkwise]\n"
-    "  [--record yes|no] [--batch-invariant yes|no] [--threads N] [--backend cpu|cuda] [--json]\n";
+    "  [--prompt 512,2048] [--positions 1000,1000000] [--mixed 256] [--steps 50]\n"
+    "  [--prefill-form recurrent|chunkwise]\n"
+    "  [--record yes|no] [--batch-invariant yes|no] [--threads N] [--backend cpu|cuda] [--json]\n"
+    "--positions: each of --seqs again, of sequences that have read so many tokens.\n"
+    "--mixed: each of --seqs again, with prompts of 128 in the step, so many tokens in all\n"
+    "  (multiples of 128).\n";
+
+constexpr int kMixedPrompt = 128;  // tokens of a prompt of --mixed
+constexpr int kChunk = 2048;       // tokens of a step that brings a sequence to its position
 
 struct NamedConfig {
   const char* name;
@@ -59,6 +67,8 @@ struct Flags {
   DType dtype = std::string(Device::backend()) == "cuda" ? DType::kBFloat16 : DType::kFloat32;
   std::vector<int> seqs = {1, 64, 256};
   std::vector<int> prompts = {512, 2048};
+  std::vector<int> positions;
+  std::vector<int> mixed;
   int steps = 50;
   PrefillForm form =
       std::string(Device::backend()) == "cuda" ? PrefillForm::kChunkwise : PrefillForm::kRecurrent;
@@ -109,6 +119,13 @@ bool Parse(int argc, char** argv, Flags& flags) {
       if (!ParseList(value, flags.seqs)) return false;
     } else if (arg == "--prompt") {
       if (!ParseList(value, flags.prompts)) return false;
+    } else if (arg == "--positions") {
+      if (!ParseList(value, flags.positions)) return false;
+    } else if (arg == "--mixed") {
+      if (!ParseList(value, flags.mixed)) return false;
+      for (const int tokens : flags.mixed) {
+        if (tokens % kMixedPrompt != 0) return false;
+      }
     } else if (arg == "--steps") {
       if (!absl::SimpleAtoi(value, &flags.steps) || flags.steps < 1) return false;
     } else if (arg == "--threads") {
@@ -118,6 +135,12 @@ bool Parse(int argc, char** argv, Flags& flags) {
     }
   }
   return true;
+}
+
+// The largest of the values and `least`.
+int MaxOf(const std::vector<int>& values, int least) {
+  for (const int value : values) least = std::max(least, value);
+  return least;
 }
 
 double Seconds() {
@@ -142,34 +165,44 @@ class Bench {
     return bench;
   }
 
-  // Median seconds of a decode step of `seqs` sequences, running ahead as the engine does: a step
-  // is queued before the tokens of the last one are read.
-  absl::StatusOr<double> Decode(int seqs, int steps) {
-    StepPlan plan = PlanOf(seqs, 1, /*fresh=*/true);
-    plan.num_decode = seqs;
-    GLA_RETURN_IF_ERROR(CheckFinite(plan));
-    plan.read_slots = plan.write_slots;
-    GLA_RETURN_IF_ERROR(CheckFinite(plan));
-    std::vector<double> times;
-    const int warm_up = std::min(steps, 5);
-    Start(plan);
-    for (int n = 0; n < seqs; ++n) plan.tokens[n] = ~n;  // what was sampled is fed next
-    double last = Seconds();
-    for (int i = -warm_up; i < steps; ++i) {
-      for (int64_t& position : plan.start_positions) ++position;
-      Start(plan);
-      GLA_RETURN_IF_ERROR(Take());
-      const double now = Seconds();
-      if (i >= 0) times.push_back(now - last);
-      last = now;
+  // Median seconds of a decode step of `seqs` sequences.
+  absl::StatusOr<double> Decode(int seqs, int steps) { return TimeSteps(DecodePlan(seqs), steps); }
+
+  // The same of sequences that stand where Read() came to.
+  absl::StatusOr<double> DecodeAfterRead(int seqs, int steps) {
+    StepPlan plan = DecodePlan(seqs);
+    plan.read_slots.assign(seqs, read_slot_);
+    plan.start_positions.assign(seqs, position_);
+    return TimeSteps(plan, steps);
+  }
+
+  // The same with `prompts` new prompts of kMixedPrompt tokens behind the decode rows.
+  absl::StatusOr<double> Mixed(int seqs, int prompts, int steps) {
+    StepPlan plan = DecodePlan(seqs);
+    for (int n = 0; n < prompts; ++n) AddSequence(kMixedPrompt, plan);
+    return TimeSteps(plan, steps);
+  }
+
+  // Runs a text of `length` tokens through the last slot.
+  absl::Status Read(int length) {
+    position_ = 0;
+    while (position_ < length) {
+      const auto rows = static_cast<int>(std::min<int64_t>(kChunk, length - position_));
+      StepPlan plan;
+      AddSequence(rows, plan);
+      plan.read_slots[0] = position_ == 0 ? -1 : read_slot_;
+      plan.write_slots[0] = read_slot_;
+      plan.start_positions[0] = position_;
+      position_ += rows;
+      GLA_RETURN_IF_ERROR(CheckFinite(plan));
     }
-    GLA_RETURN_IF_ERROR(Take());
-    return bench::Median(times);
+    return absl::OkStatus();
   }
 
   // Median seconds of a prompt of `length` tokens from the empty state to its last logits.
   absl::StatusOr<double> Prefill(int length, int steps) {
-    const StepPlan plan = PlanOf(1, length, /*fresh=*/true);
+    StepPlan plan;
+    AddSequence(length, plan);
     GLA_RETURN_IF_ERROR(CheckFinite(plan));
     std::vector<double> times;
     for (int i = 0; i < std::min(steps, 10); ++i) {
@@ -185,22 +218,51 @@ class Bench {
   Bench(Device& device, Model& model, int slots)
       : device_(device),
         model_(model),
+        read_slot_(slots - 1),
         states_(device, static_cast<size_t>(slots * model.state_bytes())) {}
 
-  // `seqs` sequences of `length` tokens in the first slots.
-  StepPlan PlanOf(int seqs, int length, bool fresh) const {
-    StepPlan plan;
-    for (int n = 0; n < seqs; ++n) {
-      for (int t = 0; t < length; ++t) {
-        plan.tokens.push_back((n * 7919 + t * 104729 + 1) % model_.config().vocab_size);
-      }
-      plan.cu_seqlens.push_back(plan.num_rows());
-      plan.read_slots.push_back(fresh ? -1 : n);
-      plan.write_slots.push_back(n);
-      plan.start_positions.push_back(0);
-      plan.logit_rows.push_back(plan.num_rows() - 1);
+  // A sequence of `length` tokens from the empty state, in the next slot.
+  void AddSequence(int length, StepPlan& plan) const {
+    const int n = plan.num_seqs();
+    for (int t = 0; t < length; ++t) {
+      plan.tokens.push_back((n * 7919 + t * 104729 + 1) % model_.config().vocab_size);
     }
+    plan.cu_seqlens.push_back(plan.num_rows());
+    plan.read_slots.push_back(-1);
+    plan.write_slots.push_back(n);
+    plan.start_positions.push_back(0);
+    plan.logit_rows.push_back(plan.num_rows() - 1);
+  }
+
+  StepPlan DecodePlan(int seqs) const {
+    StepPlan plan;
+    for (int n = 0; n < seqs; ++n) AddSequence(1, plan);
+    plan.num_decode = seqs;
     return plan;
+  }
+
+  // Median seconds of a step like `plan`, whose decode rows go on with what they sampled. Running
+  // ahead as the engine does: a step is queued before the tokens of the last one are read.
+  absl::StatusOr<double> TimeSteps(StepPlan plan, int steps) {
+    GLA_RETURN_IF_ERROR(CheckFinite(plan));
+    const int decode = plan.num_decode;
+    std::copy_n(plan.write_slots.begin(), decode, plan.read_slots.begin());
+    GLA_RETURN_IF_ERROR(CheckFinite(plan));
+    std::vector<double> times;
+    const int warm_up = std::min(steps, 5);
+    Start(plan);
+    for (int n = 0; n < decode; ++n) plan.tokens[n] = ~n;
+    double last = Seconds();
+    for (int i = -warm_up; i < steps; ++i) {
+      for (int n = 0; n < decode; ++n) ++plan.start_positions[n];
+      Start(plan);
+      GLA_RETURN_IF_ERROR(Take());
+      const double now = Seconds();
+      if (i >= 0) times.push_back(now - last);
+      last = now;
+    }
+    GLA_RETURN_IF_ERROR(Take());
+    return bench::Median(times);
   }
 
   void Start(const StepPlan& plan) {
@@ -228,6 +290,8 @@ class Bench {
 
   Device& device_;
   Model& model_;
+  const int read_slot_;   // of Read()
+  int64_t position_ = 0;  // where Read() came to
   DeviceBuffer states_;
   std::unique_ptr<Sampler> sampler_;
 };
@@ -238,10 +302,11 @@ absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& fl
                        .state_format = flags.state,
                        .record_decode = flags.record,
                        .batch_invariant = flags.batch_invariant};
-  options.max_seqs = options.max_logit_rows = options.max_rows = 1;
-  for (const int seqs : flags.seqs) options.max_seqs = std::max(options.max_seqs, seqs);
-  options.max_logit_rows = options.max_rows = options.max_seqs;
-  for (const int length : flags.prompts) options.max_rows = std::max(options.max_rows, length);
+  const int max_mixed = MaxOf(flags.mixed, 0);
+  const int max_decode = MaxOf(flags.seqs, 1);
+  options.max_seqs = options.max_logit_rows = max_decode + max_mixed / kMixedPrompt;
+  options.max_rows = MaxOf(flags.prompts, max_decode + max_mixed);
+  if (!flags.positions.empty()) options.max_rows = std::max(options.max_rows, kChunk);
   if (!flags.model.empty()) {
     GLA_ASSIGN_OR_RETURN(const ModelConfig config, ModelConfig::Load(flags.model));
     GLA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(flags.model));
@@ -253,6 +318,59 @@ absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& fl
     return Model::Random(device, config, 1, options);
   }
   return absl::InvalidArgumentError(absl::StrCat("no config is named '", flags.config, "'"));
+}
+
+absl::Status RunPositions(Device& device, Bench& bench, const Flags& flags,
+                          nlohmann::json& report) {
+  if (flags.positions.empty()) return absl::OkStatus();
+  if (!flags.json) {
+    std::printf("%10s %12s %12s %12s   device memory free, MiB, before and after\n", "position",
+                "decode", "ms/step", "tokens/s");
+  }
+  for (const int position : flags.positions) {
+    const size_t before = device.memory_free();
+    GLA_RETURN_IF_ERROR(bench.Read(position));
+    for (const int seqs : flags.seqs) {
+      GLA_ASSIGN_OR_RETURN(const double seconds, bench.DecodeAfterRead(seqs, flags.steps));
+      const size_t after = device.memory_free();
+      report["positions"].push_back({{"position", position},
+                                     {"seqs", seqs},
+                                     {"ms_per_step", 1e3 * seconds},
+                                     {"tokens_per_second", seqs / seconds},
+                                     {"memory_free_before", before},
+                                     {"memory_free_after", after}});
+      if (flags.json) continue;
+      std::printf("%10d %12d %12.3f %12.0f %12.1f %12.1f\n", position, seqs, 1e3 * seconds,
+                  seqs / seconds, before / 1048576.0, after / 1048576.0);
+      std::fflush(stdout);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunMixed(Bench& bench, const Flags& flags, nlohmann::json& report) {
+  if (flags.mixed.empty()) return absl::OkStatus();
+  if (!flags.json) {
+    std::printf("%10s %12s %12s %14s %16s\n", "decode", "+ prompts", "ms/step", "new tokens/s",
+                "prompt tokens/s");
+  }
+  for (const int tokens : flags.mixed) {
+    const int prompts = tokens / kMixedPrompt;
+    for (const int seqs : flags.seqs) {
+      GLA_ASSIGN_OR_RETURN(const double seconds, bench.Mixed(seqs, prompts, flags.steps));
+      report["mixed"].push_back({{"seqs", seqs},
+                                 {"prompts", prompts},
+                                 {"prompt_tokens", tokens},
+                                 {"ms_per_step", 1e3 * seconds},
+                                 {"new_tokens_per_second", (seqs + prompts) / seconds},
+                                 {"prompt_tokens_per_second", tokens / seconds}});
+      if (flags.json) continue;
+      std::printf("%10d %8d x %d %11.3f %14.0f %16.0f\n", seqs, prompts, kMixedPrompt,
+                  1e3 * seconds, (seqs + prompts) / seconds, tokens / seconds);
+      std::fflush(stdout);
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Run(const Flags& flags) {
@@ -268,9 +386,11 @@ absl::Status Run(const Flags& flags) {
   // Writes cost a CPU more than reads, so a copy is no bound of what is mostly read.
   const double rate = read_rate > 0 ? read_rate : copy_rate;
   const std::string limit = read_rate > 0 ? "read" : "copy";
-  GLA_ASSIGN_OR_RETURN(const auto bench, Bench::Create(*device, *model, model->options().max_seqs));
+  const int slots = model->options().max_seqs + (flags.positions.empty() ? 0 : 1);
+  GLA_ASSIGN_OR_RETURN(const auto bench, Bench::Create(*device, *model, slots));
   const std::string name = flags.model.empty() ? flags.config : flags.model;
   nlohmann::json report = {
+      {"bench", "engine"},
       {"model", name},
       {"parameters", model->config().num_parameters()},
       {"weight_bytes", model->weight_bytes()},
@@ -283,7 +403,9 @@ absl::Status Run(const Flags& flags) {
       {"copy_bytes_per_second", copy_rate},
       {"read_bytes_per_second", read_rate},
       {"decode", nlohmann::json::array()},
-      {"prefill", nlohmann::json::array()}};
+      {"prefill", nlohmann::json::array()},
+      {"positions", nlohmann::json::array()},
+      {"mixed", nlohmann::json::array()}};
   if (!flags.json) {
     std::printf("%s: %.1f M parameters, %s, state %.2f MiB, on %s (%s), built in %.1f s\n",
                 name.c_str(), model->config().num_parameters() / 1e6, NameOf(flags.dtype),
@@ -316,6 +438,8 @@ absl::Status Run(const Flags& flags) {
         {{"tokens", length}, {"ms", 1e3 * seconds}, {"tokens_per_second", length / seconds}});
     if (!flags.json) std::printf("%10d %12.3f %12.0f\n", length, 1e3 * seconds, length / seconds);
   }
+  GLA_RETURN_IF_ERROR(RunPositions(*device, *bench, flags, report));
+  GLA_RETURN_IF_ERROR(RunMixed(*bench, flags, report));
   if (flags.json) std::printf("%s\n", report.dump().c_str());
   return absl::OkStatus();
 }
