@@ -1,9 +1,10 @@
 // What the attention of a decode step costs by itself: a captured graph that runs it over as many
 // layers' states as no cache holds.
-//   gla-bench-decode-attention [REPEATS]
+//   gla-bench-decode-attention [--json] [REPEATS]
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <random>
 #include <string>
@@ -98,7 +99,8 @@ class Inputs {
 };
 
 int Main(int argc, char** argv) {
-  const int repeats = argc > 1 ? std::atoi(argv[1]) : 10;
+  const bool is_json = argc > 1 && std::string(argv[1]) == "--json";
+  const int repeats = argc > 1 + is_json ? std::atoi(argv[1 + is_json]) : 10;
   std::string error;
   const auto device = Device::Open({}, &error);
   if (device == nullptr || DecodeKernels::Get() == nullptr) {
@@ -106,8 +108,14 @@ int Main(int argc, char** argv) {
     return 1;
   }
   const double copy = CopyRate(*device);
-  std::printf("%s, copy %.0f GB/s\n", device->name().c_str(), copy / 1e9);
-  std::printf("%-9s %-6s %5s %9s %6s %5s\n", "shape", "state", "rows", "us", "GB/s", "copy");
+  nlohmann::json report = {{"bench", "decode_attention"},
+                           {"device", device->name()},
+                           {"copy_bytes_per_second", copy},
+                           {"rows", nlohmann::json::array()}};
+  if (!is_json) {
+    std::printf("%s, copy %.0f GB/s\n", device->name().c_str(), copy / 1e9);
+    std::printf("%-9s %-6s %5s %9s %6s %5s\n", "shape", "state", "rows", "us", "GB/s", "copy");
+  }
   for (const Shape& shape : kShapes) {
     for (const StateFormat format : {StateFormat::kFloat32, StateFormat::kInt16}) {
       for (const int rows : {1, 8, 32, 64, 256, 1024}) {
@@ -115,15 +123,23 @@ int Main(int argc, char** argv) {
         const double ms = Median(Time(
             *device, [&] { inputs.Step(*device); }, repeats, true));
         const double us = 1000 * ms / inputs.layers();
-        const double rate =
-            2e6 * static_cast<double>(rows) / us *
+        const double bytes =
+            2.0 * rows *
             static_cast<double>(StateBytes(format, shape.heads, shape.key_dim, shape.value_dim));
-        std::printf("%-9s %-6s %5d %9.2f %6.0f %4.0f%%\n", shape.name,
-                    format == StateFormat::kInt16 ? "int16" : "fp32", rows, us, rate / 1e9,
-                    100 * rate / copy);
+        const double rate = 1e6 * bytes / us;
+        const bool is_int16 = format == StateFormat::kInt16;
+        report["rows"].push_back({{"shape", shape.name},
+                                  {"state", is_int16 ? "int16" : "float32"},
+                                  {"seqs", rows},
+                                  {"us", us},
+                                  {"limit_us", 1e6 * bytes / copy}});
+        if (is_json) continue;
+        std::printf("%-9s %-6s %5d %9.2f %6.0f %4.0f%%\n", shape.name, is_int16 ? "int16" : "fp32",
+                    rows, us, rate / 1e9, 100 * rate / copy);
       }
     }
   }
+  if (is_json) std::printf("%s\n", report.dump().c_str());
   return 0;
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Markdown tables and a plot from what compare_fla.py, compare_fla_decode.py and
-compare_fla_model.py wrote with --json: report.py FILE... [--svg FILE] [--note TEXT].
+"""Markdown tables and a plot from what compare_fla.py, compare_fla_decode.py, compare_fla_model.py,
+gla-bench-engine and gla-bench-decode-attention gave with --json: report.py FILE... [--svg FILE]
+[--note TEXT].
 
 Several files may speak of one model: what a later one has takes the place of what an earlier one
 had, so that fla need not be measured again with each change of ours.
@@ -13,6 +14,7 @@ import sys
 from xml.sax.saxutils import escape
 
 STATES = ("float32", "int16")
+BENCHES = ("model", "engine", "decode", "decode_attention", "operators")
 
 
 def milliseconds(value):
@@ -32,6 +34,10 @@ def title_of(model):
     return model.upper() if model.startswith("gla-") else model
 
 
+def sequences(row):
+    return f"{row['seqs']} sequence{'s' if row['seqs'] > 1 else ''}"
+
+
 # ---- Models -------------------------------------------------------------------------------------
 
 
@@ -45,10 +51,21 @@ def merge_rows(rows, more, key):
     return [by_key[value] for value in sorted(by_key)]
 
 
+def models_of(report):
+    """Those of compare_fla_model.py, or gla-bench-engine's one in the same form."""
+    if report["bench"] == "model":
+        return report["models"]
+    state, rate = report["state_dtype"], report["copy_bytes_per_second"]
+    decode = [dict(seqs=row["seqs"], ours={state: row["ms_per_step"]},
+                   limit={state: 1e3 * row["bytes_per_step"] / rate}) for row in report["decode"]]
+    prefill = [dict(tokens=row["tokens"], ours={state: row["ms"]}) for row in report["prefill"]]
+    return [dict(model=report["model"], decode=decode, prefill=prefill)]
+
+
 def merge_models(reports):
     models = {}
     for report in reports:
-        for model in report["models"]:
+        for model in models_of(report):
             known = models.setdefault(model["model"], dict(decode=[], prefill=[]))
             known["decode"] = merge_rows(known["decode"], model["decode"], "seqs")
             known["prefill"] = merge_rows(known["prefill"], model["prefill"], "tokens")
@@ -78,22 +95,74 @@ def model_table(name, model):
         rows += line(f"limit, {state} states", lambda row: row["limit"].get(state))
         rows += line(f"fla's graph / ours, {state}", speedup(state))
     head = [f"{title_of(name)}, ms per step",
-            *(f"{row['seqs']} sequence{'s' if row['seqs'] > 1 else ''}" for row in model["decode"]),
+            *map(sequences, model["decode"]),
             *(f"prompt of {row['tokens']}" for row in model["prefill"])]
     return table(head, rows)
+
+
+def engine_title(report, row):
+    return f"{title_of(report['model'])}, {report['state_dtype']} states, {sequences(row)}"
+
+
+def positions_table(reports):
+    """A column for each position: the time of a step should be the same in all."""
+    positions = sorted({row["position"] for report in reports for row in report["positions"]})
+    lines = {}
+    for report in reports:
+        for row in report["positions"]:
+            lines.setdefault(engine_title(report, row), {})[row["position"]] = row
+
+    def memory(rows):
+        taken = (row["memory_free_before"] - row["memory_free_after"] for row in rows.values())
+        return f"{max(taken) / 2 ** 20:.1f}"
+
+    head = ["decode at position, ms per step", *(f"{position:,}" for position in positions),
+            "memory taken meanwhile, MiB"]
+    return table(head, [[title,
+                         *(milliseconds(rows.get(position, {}).get("ms_per_step"))
+                           for position in positions), memory(rows)]
+                        for title, rows in lines.items()])
+
+
+def mixed_table(reports):
+    head = ["decode rows and prompts in one step", "ms per step", "new tokens/s", "prompt tokens/s"]
+    return table(head, [[f"{engine_title(report, row)} + {row['prompts']} x "
+                         f"{row['prompt_tokens'] // row['prompts']}",
+                         milliseconds(row["ms_per_step"]),
+                         f"{row['new_tokens_per_second']:,.0f}",
+                         f"{row['prompt_tokens_per_second']:,.0f}"]
+                        for report in reports for row in report["mixed"]])
 
 
 # ---- Operators ----------------------------------------------------------------------------------
 
 
-def decode_table(report):
-    states = sorted({state for row in report["rows"] for state in row["ours"]})
+def merge_decode(reports):
+    rows = {}
+    for report in reports:
+        for row in report["rows"]:
+            shape = row["shape"].removeprefix("gla-")
+            known = rows.setdefault((shape, row["seqs"]), dict(
+                shape=shape, seqs=row["seqs"], fla=None, fla_layer=None, limit=None, ours={}))
+            if report["bench"] == "decode":
+                known.update(fla=row["fla"], fla_layer=row["fla_layer"], limit=row["limit"])
+                known["ours"].update(row["ours"])
+            else:
+                known["ours"][row["state"]] = row["us"]
+                if row["state"] == "float32":
+                    known["limit"] = row["limit_us"]
+    return [rows[key] for key in sorted(rows)]
+
+
+def decode_table(reports):
+    rows = merge_decode(reports)
+    states = sorted({state for row in rows for state in row["ours"]})
     head = ["decode, us", "fla", "fla with gate and norm", "limit, float32",
             *(f"ours, {state}" for state in states)]
-    return table(head, [[f"{row['shape']}, {row['seqs']} sequences",
+    return table(head, [[f"{row['shape']}, {sequences(row)}",
                          *map(microseconds, (row["fla"], row["fla_layer"], row["limit"])),
                          *(microseconds(row["ours"].get(state)) for state in states)]
-                        for row in report["rows"]])
+                        for row in rows])
 
 
 def operators_table(report):
@@ -258,15 +327,24 @@ def main():
     for path in args.files:
         with open(path) as file:
             reports.append(json.load(file))
-        if reports[-1].get("bench") not in ("model", "decode", "operators"):
-            sys.exit(f"{path}: 'bench' is {reports[-1].get('bench')!r}, expected model, decode or "
-                     f"operators")
-    models = merge_models(report for report in reports if report["bench"] == "model")
+        if reports[-1].get("bench") not in BENCHES:
+            sys.exit(f"{path}: 'bench' is {reports[-1].get('bench')!r}, expected one of "
+                     f"{', '.join(BENCHES)}")
+
+    def of(*benches, having=None):
+        return [report for report in reports
+                if report["bench"] in benches and (having is None or report.get(having))]
+
+    models = merge_models(of("model", "engine"))
     for name, model in models.items():
         print(model_table(name, model))
-    for report in reports:
-        if report["bench"] != "model":
-            print({"decode": decode_table, "operators": operators_table}[report["bench"]](report))
+    for having, show in (("positions", positions_table), ("mixed", mixed_table)):
+        if of("engine", having=having):
+            print(show(of("engine", having=having)))
+    if of("decode", "decode_attention"):
+        print(decode_table(of("decode", "decode_attention")))
+    for report in of("operators"):
+        print(operators_table(report))
     if args.svg and models:
         with open(args.svg, "w") as file:
             file.write(plot(models, args.note))
