@@ -272,9 +272,11 @@ struct Layout {
 
  private:
   __host__ __device__ static int TileBytes(int key_dim) {
-    const int tile = key_dim * kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2);
+    constexpr int kRowBytes = kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2);
+    // A thread's two pieces of a row lie kThreads pieces apart: whole passes.
+    const int rows = kSumsInTile ? RoundUp(key_dim, kThreads * 32 / kRowBytes) : key_dim;
     const int sums = kSumsInTile ? 64 * kThreads : 0;  // every thread's
-    return tile > sums ? tile : sums;
+    return rows * kRowBytes > sums ? rows * kRowBytes : sums;
   }
   __host__ __device__ int ScalesEnd(int key_dim) const {
     return scales + (kFormat == StateFormat::kInt16 ? RoundUp(key_dim, 4) * 4 : 0);
