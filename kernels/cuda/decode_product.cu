@@ -92,8 +92,8 @@ void LaunchTile(Device& device, const ProductParams& p, int cluster) {
   const int64_t tiles = int64_t{CeilDiv(p.out, kGroups * 64)} * tiles_rows;
   using Shape = TileShape<kGroups, kRows>;
   // Rather one block more to a multiprocessor than a second turn.
-  const int beside =
-      static_cast<int>(std::min<int64_t>(2, (tiles * cluster - 1) / Multiprocessors(device)));
+  const int beside = static_cast<int>(
+      std::min<int64_t>(Shape::kMostBeside, (tiles * cluster - 1) / Multiprocessors(device)));
   const int chunks = CeilDiv(CeilDiv(p.in, 64), cluster) + 1;  // of a block, at most
   const int stages = std::max(std::min(2, Shape::Stages(cluster, 0, chunks)),
                               Shape::Stages(cluster, beside, chunks));

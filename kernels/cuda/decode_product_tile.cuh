@@ -94,6 +94,8 @@ struct TileShape {
   static constexpr int kWarps = kGroups * 4;  // that compute
   static constexpr int kFactorWarps = 3;
   static constexpr int kThreads = (kWarps + 1 + kFactorWarps) * 32;
+  // More blocks that a multiprocessor has registers for.
+  static constexpr int kMostBeside = kRows == 128 ? 0 : 3 - kGroups;
   static constexpr int kWeightBytes = kGroups * 64 * kTileRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kRows * kTileRowBytes;
   // A slice in shared memory: [kRows][kPitch] floats, so that neither side meets a bank twice.
