@@ -47,6 +47,10 @@ class Device {
   void Copy(void* device_dst, const void* device_src, size_t bytes);
   void Fill(void* device_dst, int byte, size_t bytes);
   void Synchronize();
+  // Queues first() and second(), which may run at the same time: neither may use what the other
+  // writes, and they queue kernels, copies and recordings only. Where both want the same resources,
+  // first() goes first. What is queued next waits for both.
+  void SideBySide(const std::function<void()>& first, const std::function<void()>& second);
 
   const std::string& name() const;  // "NVIDIA H100 80GB HBM3", or the CPU's model name
   static const char* backend();     // "cpu" or "cuda"

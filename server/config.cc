@@ -146,7 +146,7 @@ const std::vector<Flag>& Flags() {
        "how recurrent states rest in memory: int16 with a scale for 64 values is half the bytes",
        Choice(&C::state_dtype, {"float32", "int16"})},
       {"batch-invariant", "yes|no",
-       "cuda with bfloat16: no takes faster products in steps of more than 64 sequences; a result "
+       "cuda with bfloat16: no takes faster products in steps of more than 256 sequences; a result "
        "then depends, in its last bits, on whether that many ran beside it",
        Choice(&C::batch_invariant, {"yes", "no"})},
       {"device", "N", "ordinal of the GPU", Integer(&C::device, 0, 63)},

@@ -240,6 +240,11 @@ size_t Device::memory_free() const {
                    impl_->memory_total - std::min(impl_->memory_total, impl_->allocated)});
 }
 
+void Device::SideBySide(const std::function<void()>& first, const std::function<void()>& second) {
+  first();
+  second();
+}
+
 // ---- Recordings ---------------------------------------------------------------------------------
 
 struct Recording::Impl {

@@ -56,6 +56,11 @@ struct Device::Impl {
   size_t memory_total = 0;
   size_t max_shared_bytes = 0;  // of one block
   cudaStream_t stream = nullptr;
+  // For SideBySide: a stream of lower priority, and the events where it begins and ends.
+  cudaStream_t second_stream = nullptr;
+  cudaEvent_t forked = nullptr, joined = nullptr;
+  // The next launch waits for an event, not only for the launch before it (launch.cuh).
+  bool after_event = false;
   cublasLtHandle_t cublas = nullptr;
   // cuBLASLt's kernels count tiles there; sums are never split over it (matmul.cu).
   static constexpr size_t kCublasBytes = 4096;

@@ -599,10 +599,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
     }
   }
   if (shares_squares) {
-    if (warp < p.group) WaitForBytes(barrier);
-  } else {
-    __syncwarp();
+    if (warp < p.group && lane == 0) WaitForBytes(barrier);
   }
+  __syncwarp();
   const bool is_padding = read < 0 && write < 0;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {

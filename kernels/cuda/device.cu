@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "kernels/cuda/common.cuh"
 
@@ -61,7 +62,13 @@ std::unique_ptr<Device> Device::Open(const DeviceOptions& options, std::string* 
                            "." + std::to_string(properties.minor) +
                            ", which this build has no kernels for");
   }
-  CUDA_CHECK(cudaStreamCreateWithFlags(&impl->stream, cudaStreamNonBlocking));
+  int low_priority = 0, high_priority = 0;
+  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&low_priority, &high_priority));
+  CUDA_CHECK(cudaStreamCreateWithPriority(&impl->stream, cudaStreamNonBlocking, high_priority));
+  CUDA_CHECK(
+      cudaStreamCreateWithPriority(&impl->second_stream, cudaStreamNonBlocking, low_priority));
+  CUDA_CHECK(cudaEventCreateWithFlags(&impl->forked, cudaEventDisableTiming));
+  CUDA_CHECK(cudaEventCreateWithFlags(&impl->joined, cudaEventDisableTiming));
   CUBLAS_CHECK(cublasLtCreate(&impl->cublas));
   CUDA_CHECK(cudaMalloc(&impl->cublas_workspace, Impl::kCublasBytes));
   CUDA_CHECK(cudaMallocHost(&impl->staging, Impl::kNumSegments * Impl::kSegmentBytes));
@@ -80,6 +87,9 @@ Device::~Device() {
   CUDA_CHECK(cudaFreeHost(impl_->staging));
   CUBLAS_CHECK(cublasLtDestroy(impl_->cublas));
   CUDA_CHECK(cudaFree(impl_->cublas_workspace));
+  CUDA_CHECK(cudaEventDestroy(impl_->forked));
+  CUDA_CHECK(cudaEventDestroy(impl_->joined));
+  CUDA_CHECK(cudaStreamDestroy(impl_->second_stream));
   CUDA_CHECK(cudaStreamDestroy(impl_->stream));
 }
 
@@ -151,6 +161,21 @@ void Device::Fill(void* device_dst, int byte, size_t bytes) {
 void Device::Synchronize() {
   impl_->Use();
   CUDA_CHECK(cudaStreamSynchronize(impl_->stream));
+}
+
+void Device::SideBySide(const std::function<void()>& first, const std::function<void()>& second) {
+  Impl& impl = *impl_;
+  impl.Use();
+  CUDA_CHECK(cudaEventRecord(impl.forked, impl.stream));
+  CUDA_CHECK(cudaStreamWaitEvent(impl.second_stream, impl.forked, 0));
+  std::swap(impl.stream, impl.second_stream);
+  impl.after_event = true;
+  second();
+  CUDA_CHECK(cudaEventRecord(impl.joined, impl.stream));
+  std::swap(impl.stream, impl.second_stream);
+  first();
+  CUDA_CHECK(cudaStreamWaitEvent(impl.stream, impl.joined, 0));
+  impl.after_event = true;
 }
 
 Readback::Readback(Device& device, size_t capacity) : device_(device) {

@@ -4,37 +4,48 @@
 // by themselves, in rounded numbers, from a recording of their kernels, and where they serve the
 // model by the fused kernels of kernels/decode.h: five to a layer.
 #include <cmath>
+#include <utility>
 
 #include "model/model_impl.h"
 
 namespace gla {
 namespace {
 
-constexpr int kFewRows = 64;  // see ModelOptions::batch_invariant
+constexpr int kFewRows = 256;  // see ModelOptions::batch_invariant
 
 }  // namespace
 
-void Model::Impl::ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled) {
+void Model::Impl::SetDecode(const StepPlan& plan, char* states, const int32_t* sampled) {
   const int rows = RoundedDecodeRows(plan.num_decode);
-  step = &*decode_inputs;
-  if (!options.record_decode) {
-    SetDecodeInputs(plan, sampled);
-    return QueueDecode(rows, states);
-  }
-  if (states != recorded_states) {
-    recordings.clear();
-    recorded_states = states;
-  }
-  auto recording = recordings.find(rows);
-  if (recording == recordings.end()) {
-    // A first run outside of the recording, on rows that touch no slot, loads the kernels' code.
-    decode_inputs->SetEmpty(rows);
-    QueueDecode(rows, states);
-    const auto work = [this, rows, states] { QueueDecode(rows, states); };
-    recording = recordings.emplace(rows, Recording(device, work)).first;
+  if (options.record_decode) {
+    if (states != recorded_states) {
+      recordings.clear();
+      recorded_states = states;
+    }
+    if (recordings.find(rows) == recordings.end()) {
+      // A first run outside of the recording, on rows that touch no slot, loads the kernels' code.
+      decode_inputs->SetEmpty(rows);
+      QueueDecode(rows, states);
+      const auto work = [this, rows, states] { QueueDecode(rows, states); };
+      recordings.emplace(rows, Recording(device, work));
+    }
   }
   SetDecodeInputs(plan, sampled);
-  recording->second.Replay();
+}
+
+void Model::Impl::RunDecode(const StepPlan& plan, char* states, int32_t* finite) {
+  const int rows = RoundedDecodeRows(plan.num_decode);
+  if (options.record_decode) {
+    recordings.at(rows).Replay();
+  } else {
+    QueueDecode(rows, states);
+  }
+  JudgeRows(is_fused ? decode_activations.residual : residual, plan.num_decode, finite);
+}
+
+// (Two streams of cuBLASLt's products would share its workspace.)
+bool Model::Impl::RunsBeside(int decode_rows) const {
+  return is_fused && !RunsManyDecode(RoundedDecodeRows(decode_rows));
 }
 
 void Model::Impl::SetDecodeInputs(const StepPlan& plan, const int32_t* sampled) {
@@ -43,9 +54,22 @@ void Model::Impl::SetDecodeInputs(const StepPlan& plan, const int32_t* sampled) 
   ResolveSampled({first, first + plan.num_decode}, decode_inputs->tokens, sampled);
 }
 
+bool Model::Impl::RunsManyDecode(int rows) const {
+  return is_fused && !options.batch_invariant && rows > kFewRows;
+}
+
 void Model::Impl::QueueDecode(int rows, char* states) {
-  if (is_fused && !options.batch_invariant && rows > kFewRows) return QueueManyDecode(rows, states);
-  if (is_fused) return QueueFusedDecode(rows, states);
+  step = &*decode_inputs;
+  if (is_fused) {
+    std::swap(static_cast<Activations&>(*this), decode_activations);
+    if (RunsManyDecode(rows)) {
+      QueueManyDecode(rows, states);
+    } else {
+      QueueFusedDecode(rows, states);
+    }
+    std::swap(static_cast<Activations&>(*this), decode_activations);
+    return;
+  }
   Layers(rows, states);
   Norm(weights.norm, residual, normed, rows);
   Product(weights.lm_head, normed, logits, rows);

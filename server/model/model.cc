@@ -100,31 +100,37 @@ Rows Model::Impl::AllocateRows(int64_t rows, int64_t width, DType dtype) {
   return {buffers.back().data(), width, dtype};
 }
 
-absl::Status Model::Impl::Allocate() {
+Activations Model::Impl::AllocateActivations(int64_t rows) {
   const DType act = options.dtype;
+  const int64_t hidden = config.hidden_size, heads = config.num_heads;
+  Activations a;
+  a.residual = AllocateRows(rows, hidden, DType::kFloat32);
+  a.normed = AllocateRows(rows, hidden, act);
+  a.proj = AllocateRows(rows, proj_layout.width(), act);
+  if (config.use_short_conv) a.conv = AllocateRows(rows, proj_layout.qkv(), act);
+  if (maps_features()) {
+    a.features = AllocateRows(rows, (heads + config.num_kv_heads) * config.feature_dim, act);
+  }
+  if (weights.layers[0].q_map.layer1.bytes() > 0) {
+    a.head_in = AllocateRows(rows * heads, config.head_key_dim, act);
+    a.head_1 = AllocateRows(rows * heads, config.head_key_dim, act);
+    a.head_2 = AllocateRows(rows * heads, config.head_key_dim, act);
+  }
+  if (proj_layout.gate > 0) a.gate = AllocateRows(rows, proj_layout.k, DType::kFloat32);
+  a.mixed = AllocateRows(rows, heads * config.head_value_dim, act);
+  a.mixed_normed = AllocateRows(rows, heads * config.head_value_dim, act);
+  a.gate_up = AllocateRows(rows, int64_t{2} * config.intermediate_size, act);
+  a.mlp = AllocateRows(rows, config.intermediate_size, act);
+  return a;
+}
+
+absl::Status Model::Impl::Allocate() {
   // Decode rows are run in rounded numbers.
   const int64_t decode_rows = decode_kernels == nullptr ? 0 : RoundedDecodeRows(options.max_seqs);
   const int64_t rows = std::max<int64_t>(options.max_rows, decode_rows);
   const int64_t logit_rows = std::max<int64_t>(options.max_logit_rows, decode_rows);
-  const int64_t hidden = config.hidden_size, heads = config.num_heads;
-  residual = AllocateRows(rows, hidden, DType::kFloat32);
-  normed = AllocateRows(std::max(rows, logit_rows), hidden, act);
-  if (decode_rows > 0) squares = AllocateRows(decode_rows, (hidden + 15) / 16, DType::kFloat32);
-  proj = AllocateRows(rows, proj_layout.width(), act);
-  if (config.use_short_conv) conv = AllocateRows(rows, proj_layout.qkv(), act);
-  if (maps_features()) {
-    features = AllocateRows(rows, (heads + config.num_kv_heads) * config.feature_dim, act);
-  }
-  if (weights.layers[0].q_map.layer1.bytes() > 0) {
-    head_in = AllocateRows(rows * heads, config.head_key_dim, act);
-    head_1 = AllocateRows(rows * heads, config.head_key_dim, act);
-    head_2 = AllocateRows(rows * heads, config.head_key_dim, act);
-  }
-  if (proj_layout.gate > 0) gate = AllocateRows(rows, proj_layout.k, DType::kFloat32);
-  mixed = AllocateRows(rows, heads * config.head_value_dim, act);
-  mixed_normed = AllocateRows(rows, heads * config.head_value_dim, act);
-  gate_up = AllocateRows(rows, int64_t{2} * config.intermediate_size, act);
-  mlp = AllocateRows(rows, config.intermediate_size, act);
+  const int64_t hidden = config.hidden_size;
+  static_cast<Activations&>(*this) = AllocateActivations(std::max(rows, logit_rows));
   last = AllocateRows(logit_rows, hidden, DType::kFloat32);
   logits = AllocateRows(logit_rows, config.vocab_size, DType::kFloat32);
 
@@ -159,6 +165,10 @@ absl::Status Model::Impl::Allocate() {
     out_of_memory = !decode_inputs->ok();
     is_fused = ServesFusedDecode();
   }
+  if (is_fused) {
+    decode_activations = AllocateActivations(decode_rows);
+    decode_activations.squares = AllocateRows(decode_rows, hidden / 16, DType::kFloat32);
+  }
   if (!out_of_memory) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("no device memory for the activations of ", rows,
                                                    " rows and ", logit_rows, " rows of logits; ",
@@ -177,16 +187,19 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
     std::abort();
   }
   const int decode = decode_inputs.has_value() ? plan.num_decode : 0;
-  if (decode > 0) {
-    ForwardDecode(plan, states, sampled);
-    JudgeRows(decode, finite);
+  const bool all_decode = decode == plan.num_seqs();
+  if (decode > 0) SetDecode(plan, states, sampled);
+  const StepPlan others = decode == 0 ? plan : all_decode ? StepPlan() : WithoutDecode(plan);
+  if (!all_decode) SetRows(others, sampled);
+  const auto run_decode = [&] { RunDecode(plan, states, finite); };
+  const auto run_rows = [&] { RunRows(others.num_rows(), states); };
+  if (decode > 0 && !all_decode && RunsBeside(decode)) {
+    device.SideBySide(run_rows, run_decode);
+  } else {
+    if (decode > 0) run_decode();
+    if (!all_decode) run_rows();
   }
-  if (decode == 0) {
-    ForwardRows(plan, states, finite, 0, sampled);
-  } else if (decode < plan.num_seqs()) {
-    ForwardRows(WithoutDecode(plan), states, finite == nullptr ? nullptr : finite + decode, decode,
-                sampled);
-  }
+  if (!all_decode) FinishRows(others, finite == nullptr ? nullptr : finite + decode, decode);
   return static_cast<const float*>(logits.data);
 }
 
@@ -198,17 +211,23 @@ void Model::Impl::ResolveSampled(const std::vector<int32_t>& tokens, int32_t* de
       {.tokens = device_tokens, .sampled = sampled, .rows = static_cast<int>(tokens.size())});
 }
 
-void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
-                              const int32_t* sampled) {
-  const int rows = plan.num_rows(), logit_rows = plan.num_logit_rows();
+void Model::Impl::SetRows(const StepPlan& plan, const int32_t* sampled) {
   // The normalized form keeps a running key sum, which only the recurrent kernel has.
   const bool chunkwise =
       options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
   inputs->Set(plan, chunkwise, max_run_seqs());
   ResolveSampled(plan.tokens, inputs->tokens, sampled);
+}
+
+void Model::Impl::RunRows(int rows, char* states) {
   step = &*inputs;
   Layers(rows, states);
-  JudgeRows(rows, finite);
+}
+
+void Model::Impl::FinishRows(const StepPlan& plan, int32_t* finite, int first_logit) {
+  const int logit_rows = plan.num_logit_rows();
+  step = &*inputs;
+  JudgeRows(residual, plan.num_rows(), finite);
   // Only the rows whose logits are wanted pay for the vocabulary.
   GatherRows(device, {.x = static_cast<const float*>(residual.data),
                       .rows = step->logit_rows,
@@ -219,9 +238,9 @@ void Model::Impl::ForwardRows(const StepPlan& plan, char* states, int32_t* finit
   Product(weights.lm_head, normed, logits.From(first_logit), logit_rows);
 }
 
-void Model::Impl::JudgeRows(int rows, int32_t* finite) {
+void Model::Impl::JudgeRows(Rows x, int rows, int32_t* finite) {
   if (finite == nullptr) return;
-  FiniteRows(device, {.x = static_cast<const float*>(residual.data),
+  FiniteRows(device, {.x = static_cast<const float*>(x.data),
                       .finite = finite,
                       .rows = rows,
                       .dim = config.hidden_size});

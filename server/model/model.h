@@ -33,9 +33,9 @@ struct ModelOptions {
   // GPU: the decode rows of a step are replayed from a recording of their kernels (a CUDA graph,
   // one for each of a few numbers of rows). False: queued anew in every step.
   bool record_decode = true;
-  // False: in steps of more than 64 decode rows the products of a GPU are cuBLASLt's, which are
+  // False: in steps of more than 256 decode rows the products of a GPU are cuBLASLt's, which are
   // faster there but add in another order than the kernels for few rows. Then a decode row's bits
-  // depend on whether its step had more than 64.
+  // depend on whether its step had more than 256.
   bool batch_invariant = true;
   // RetNet: rotary frequencies rounded to bfloat16, as in an fla model that was cast to bfloat16
   // and back. False: exact, as in one that was loaded by from_pretrained.

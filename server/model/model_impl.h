@@ -32,7 +32,24 @@ struct StateLayout {
   int64_t bytes;
 };
 
-struct Model::Impl {
+// The activations of T rows.
+struct Activations {
+  Rows residual;                 // [T, D] float32
+  Rows normed;                   // [T, D]
+  Rows squares;                  // [T, D / 16] float32, see kernels/decode.h
+  Rows proj;                     // [T, q | k | v | g | gk_proj.0]
+  Rows conv;                     // [T, q | k | v]
+  Rows features;                 // [T, q | k] after the feature map
+  Rows head_in, head_1, head_2;  // [T * H, head_key_dim], inside a feature map
+  Rows gate;                     // [T, G * K] float32
+  Rows mixed;                    // [T, H * V]
+  Rows mixed_normed;             // [T, H * V]
+  Rows gate_up;                  // [T, 2 * intermediate]
+  Rows mlp;                      // [T, intermediate]
+};
+
+// The base is what the kernels of the rows that are being queued use.
+struct Model::Impl : Activations {
   Impl(Device& device, const ModelConfig& config, const ModelOptions& options)
       : device(device),
         config(config),
@@ -47,21 +64,28 @@ struct Model::Impl {
 
   // After one failure nothing more is allocated; Allocate() says so at its end.
   Rows AllocateRows(int64_t rows, int64_t width, DType dtype);
+  Activations AllocateActivations(int64_t rows);
 
   const float* Forward(const StepPlan& plan, char* states, int32_t* finite, const int32_t* sampled);
-  // All rows of the plan by the kernels of kernels.h; logits from row `first_logit` on.
-  void ForwardRows(const StepPlan& plan, char* states, int32_t* finite, int first_logit,
-                   const int32_t* sampled);
+  // All rows of the plan by the kernels of kernels.h: their inputs; the layers; and whether they
+  // are finite and logits, from row `first_logit` on.
+  void SetRows(const StepPlan& plan, const int32_t* sampled);
+  void RunRows(int rows, char* states);
+  void FinishRows(const StepPlan& plan, int32_t* finite, int first_logit);
   // Puts what was sampled in place of the tokens below 0.
   void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
                       const int32_t* sampled);
   void Embed(int rows);  // the step's tokens, into the residual stream
   void Layers(int rows, char* states);
-  void JudgeRows(int rows, int32_t* finite);  // what the layers left in the residual stream
-  // The plan's decode rows, recorded; see decode.cc.
-  void ForwardDecode(const StepPlan& plan, char* states, const int32_t* sampled);
+  void JudgeRows(Rows x, int rows, int32_t* finite);  // what the layers left there
+  // The plan's decode rows, recorded; see decode.cc: their inputs, and the rest.
+  void SetDecode(const StepPlan& plan, char* states, const int32_t* sampled);
+  void RunDecode(const StepPlan& plan, char* states, int32_t* finite);
+  // Whether decode rows may run beside others.
+  bool RunsBeside(int decode_rows) const;
   void SetDecodeInputs(const StepPlan& plan, const int32_t* sampled);
   void QueueDecode(int rows, char* states);
+  bool RunsManyDecode(int rows) const;
   void QueueFusedDecode(int rows, char* states);
   // Only the attention fused.
   void QueueManyDecode(int rows, char* states);
@@ -109,23 +133,13 @@ struct Model::Impl {
   std::map<int, Recording> recordings;  // by rows
   const void* recorded_states = nullptr;
 
-  std::vector<DeviceBuffer> buffers;  // the memory of the activations below
+  std::vector<DeviceBuffer> buffers;  // the activations' memory
   bool out_of_memory = false;
-  Rows residual;                 // [T, D] float32
-  Rows normed;                   // [T, D]
-  Rows squares;                  // [T, D / 16] float32, see kernels/decode.h
-  Rows proj;                     // [T, q | k | v | g | gk_proj.0]
-  Rows conv;                     // [T, q | k | v]
-  Rows features;                 // [T, q | k] after the feature map
-  Rows head_in, head_1, head_2;  // [T * H, head_key_dim], inside a feature map
-  Rows gate;                     // [T, G * K] float32
+  // Of decode rows with kernels of their own, which may run beside the others.
+  Activations decode_activations;
   DeviceBuffer chunk_workspace;  // of the chunkwise form
   DeviceBuffer unpacked;         // states of a run, float32, when they rest in another format
   DeviceBuffer unpacked_slots;   // 0, 1, 2, ..
-  Rows mixed;                    // [T, H * V]
-  Rows mixed_normed;             // [T, H * V]
-  Rows gate_up;                  // [T, 2 * intermediate]
-  Rows mlp;                      // [T, intermediate]
   Rows last;                     // [R, D] float32
   Rows logits;                   // [R, vocab] float32
 };

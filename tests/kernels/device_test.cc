@@ -1,5 +1,6 @@
 #include "kernels/device.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <thread>
@@ -142,6 +143,35 @@ TEST(Recording, DoesItsWorkAtEachReplayOnWhatIsThereThen) {
   Recording moved = std::move(recording);
   moved.Replay();
   EXPECT_EQ(Download<float>(y, 64), two);
+}
+
+// Both come after what was queued before and before what is queued next, recorded or not.
+TEST(SideBySide, RunsBothBetweenWhatIsAroundThem) {
+  Device& device = TestDevice();
+  const size_t n = 1 << 22;
+  DeviceBuffer x = Poisoned(n, DType::kFloat32), y = Poisoned(n, DType::kFloat32);
+  DeviceBuffer z = Poisoned(2 * n, DType::kFloat32);
+  const auto both = [&](int byte) {
+    device.Fill(x.data(), byte, x.bytes());
+    device.SideBySide([&] { device.Copy(z.data(), x.data(), x.bytes()); },
+                      [&] {
+                        for (int i = 0; i < 5; ++i) device.Copy(y.data(), x.data(), x.bytes());
+                      });
+    device.Copy(z.as<float>() + n, y.data(), y.bytes());
+    device.Fill(x.data(), 0, x.bytes());
+  };
+  const auto all = [&](int byte) {
+    std::vector<uint8_t> got(z.bytes());
+    device.Download(got.data(), z.data(), z.bytes());
+    return std::all_of(got.begin(), got.end(), [byte](uint8_t b) { return b == byte; });
+  };
+  for (int byte = 1; byte < 20; ++byte) {
+    both(byte);
+    ASSERT_TRUE(all(byte));
+  }
+  const Recording recording(device, [&] { both(77); });
+  recording.Replay();
+  EXPECT_TRUE(all(77));
 }
 
 }  // namespace

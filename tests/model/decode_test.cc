@@ -161,11 +161,15 @@ INSTANTIATE_TEST_SUITE_P(Models, DecodeTest, testing::ValuesIn(EverySetup()), []
 // Both ways are as far from float32 as bfloat16 is.
 TEST(BatchInvariant, NoGivesTheSameUpToRounding) {
   const auto device = OpenTestDevice();
-  const int seqs = 70;
+  const int seqs = 260;
   const auto logits_of = [&](DType dtype, bool invariant) {
-    const auto model = MakeTinyModel(
-        *device, {.dtype = dtype, .max_rows = seqs, .max_seqs = seqs, .batch_invariant = invariant},
-        3, ConfigOf(kCases[0]));
+    const auto model = MakeTinyModel(*device,
+                                     {.dtype = dtype,
+                                      .max_rows = seqs,
+                                      .max_seqs = seqs,
+                                      .max_logit_rows = seqs,
+                                      .batch_invariant = invariant},
+                                     3, ConfigOf(kCases[0]));
     Feeder feeder = ValueOrDie(Feeder::Create(*device, *model, seqs));
     std::vector<float> logits;
     for (int step = 0; step < 5; ++step) {
