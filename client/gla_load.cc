@@ -247,8 +247,11 @@ Window RunUsers(const Options& options, const std::vector<std::unique_ptr<Call>>
   Arrivals arrivals(options, start);
   std::vector<std::thread> threads;
   for (size_t i = 0; i < users.size() && !calls[i]->cancelled(); ++i) {
-    std::this_thread::sleep_until(start + ToDuration(options.ramp * static_cast<double>(i) /
-                                                     static_cast<double>(users.size())));
+    const Clock::time_point begin = start + ToDuration(options.ramp * static_cast<double>(i) /
+                                                       static_cast<double>(users.size()));
+    while (Clock::now() < begin && !calls[i]->cancelled()) {
+      std::this_thread::sleep_until(std::min(begin, Clock::now() + std::chrono::milliseconds(100)));
+    }
     threads.emplace_back([&, i] { users[i]->Run(arrivals, window); });
   }
   for (std::thread& thread : threads) thread.join();

@@ -1,4 +1,4 @@
-// A device: its memory, and one in-order queue of work.
+// A device: its memory, and one in-order queue of work (but see SideBySide).
 //
 // Every kernel call and every copy is queued on the device's one queue and runs in the order of the
 // calls; only Download(), Synchronize() and Readback::Wait() wait. A Device is used by one thread

@@ -1,4 +1,5 @@
-// The CUDA device: one stream, one cuBLASLt handle, and a pinned ring that uploads pass through.
+// The CUDA device: a stream and one of lower priority beside it, one cuBLASLt handle, and a pinned
+// ring that uploads pass through.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

@@ -43,9 +43,11 @@ void Model::Impl::RunDecode(const StepPlan& plan, char* states, int32_t* finite)
   JudgeRows(is_fused ? decode_activations.residual : residual, plan.num_decode, finite);
 }
 
-// (Two streams of cuBLASLt's products would share its workspace.)
+// (Not where decode rows too use cuBLASLt, whose workspace two streams would share: in many rows'
+// products, and in those inside a feature map.)
 bool Model::Impl::RunsBeside(int decode_rows) const {
-  return is_fused && !RunsManyDecode(RoundedDecodeRows(decode_rows));
+  return is_fused && !RunsManyDecode(RoundedDecodeRows(decode_rows)) &&
+         weights.layers[0].q_map.layer1.bytes() == 0;
 }
 
 void Model::Impl::SetDecodeInputs(const StepPlan& plan, const int32_t* sampled) {

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -189,7 +190,9 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
   const int decode = decode_inputs.has_value() ? plan.num_decode : 0;
   const bool all_decode = decode == plan.num_seqs();
   if (decode > 0) SetDecode(plan, states, sampled);
-  const StepPlan others = decode == 0 ? plan : all_decode ? StepPlan() : WithoutDecode(plan);
+  std::optional<StepPlan> rest;
+  if (decode > 0 && !all_decode) rest = WithoutDecode(plan);
+  const StepPlan& others = rest.has_value() ? *rest : plan;
   if (!all_decode) SetRows(others, sampled);
   const auto run_decode = [&] { RunDecode(plan, states, finite); };
   const auto run_rows = [&] { RunRows(others.num_rows(), states); };

@@ -26,6 +26,7 @@ constexpr Case kCases[] = {
     {"linear_attn", "linear_attn", ""},
     {"linear_attn_sums", "linear_attn", R"(, "norm_feature_map": true)"},
     {"retnet", "retnet", ""},
+    {"linear_attn_t2r", "linear_attn", R"(, "feature_map": "t2r")"},
 };
 
 ModelConfig ConfigOf(const Case& option) {
@@ -114,6 +115,28 @@ TEST_P(DecodeTest, ARowIsTheSameInEveryStepAndRecordedOrNot) {
         EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0) << n;
       }
     }
+  }
+}
+
+TEST_P(DecodeTest, APromptIsTheSameBesideDecodeRowsAndAlone) {
+  ModelOptions options = Options();
+  options.prefill_form = PrefillForm::kChunkwise;
+  const auto model = MakeModel(options);
+  const int decode = 9;
+  Feeder beside = ValueOrDie(Feeder::Create(*device_, *model, decode + 1));
+  Feeder alone = ValueOrDie(Feeder::Create(*device_, *model, decode + 1));
+  const auto vocab = static_cast<size_t>(model->config().vocab_size);
+  for (int step = 0; step < 4; ++step) {
+    Feed prompt = {decode, {}, step == 0};
+    for (int i = 0; i < 150; ++i) prompt.tokens.push_back(TokenOf(i, step));
+    std::vector<Feed> feeds;
+    for (int n = 0; n < decode; ++n) feeds.push_back({n, {TokenOf(n, step)}, step == 0});
+    feeds.push_back(prompt);
+    const std::vector<float> got = beside.Step(feeds, LogitRows::kLast, decode);
+    const std::vector<float> want = alone.Step({prompt}, LogitRows::kLast);
+    EXPECT_TRUE(SameBits(&got[decode * vocab], want.data(), vocab));
+    const std::vector<float> a = beside.State(decode), b = alone.State(decode);
+    EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0);
   }
 }
 
