@@ -78,8 +78,16 @@ def test_27_sigterm_under_load_finishes_what_runs_and_refuses_what_is_new():
         next(running)
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: server.http("/readyz")[0] == 503, 2, "unready")
-        error = refused(lambda: server.inference.Generate(request()))
-        assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+        def refuses():  # unready comes first, so that balancers look away before anyone is refused
+            try:
+                list(server.inference.Generate(request(max_new_tokens=1)))
+            except grpc.RpcError as error:
+                assert error.code() == grpc.StatusCode.UNAVAILABLE
+                return True
+            return False
+
+        wait_for(refuses, 2, "refusal")
         assert len(Answer(running).token_ids) == 2499
         assert server.wait() == 0
 
