@@ -18,6 +18,7 @@
 // through shared memory.
 #include "kernels/cuda/decode_entry.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/tensor.cuh"
 
 namespace gla {
 namespace {
@@ -45,28 +46,11 @@ struct Parameters {
 
 // ---- Asynchronous copies ------------------------------------------------------------------------
 
-__device__ inline uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// kBytes, zeros in their place when there is nothing to read.
-template <int kBytes>
-__device__ void CopyAsync(void* to, const void* from, bool exists) {
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)),
-                 "l"(from), "r"(exists ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(SharedAddress(to)), "l"(from),
-                 "r"(exists ? 4 : 0)
-                 : "memory");
-  }
-}
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the last `count` groups of this thread have arrived.
-template <int kCount>
-__device__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kCount) : "memory");
+// 4 bytes, zeros in their place when there is nothing to read.
+__device__ inline void CopyFourBytes(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 4 : 0)
+               : "memory");
 }
 
 // ---- Clusters -----------------------------------------------------------------------------------
@@ -79,11 +63,8 @@ __device__ inline void MeetCluster() {
 }
 // A barrier that opens once when `bytes` bytes have been sent to it.
 __device__ inline void ExpectBytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
+  InitBarrier(SharedAddress(barrier), 1);
+  ArriveExpecting(SharedAddress(barrier), bytes);
 }
 // x to where the block of this rank has `to`, and word of it to its barrier.
 __device__ inline void SendToRank(float* to, uint64_t* barrier, int rank, float x) {
@@ -335,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
                           int64_t{head} * key_dim * p.tiles + tile;
 #pragma unroll 1
       for (int k = id; k < key_dim; k += kThreads) {
-        CopyAsync<4>(scales + k, from + int64_t{k} * p.tiles, read >= 0);
+        CopyFourBytes(SharedAddress(scales + k), from + int64_t{k} * p.tiles, read >= 0);
       }
       CommitCopies();
     }
@@ -367,8 +348,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
 #pragma unroll
           for (int j = 0; j < kPieces; ++j) {
             if (kIsInt16 && !reads[j]) continue;
-            CopyAsync<16>(mine + (i * kPieces + j) * 16 * kThreads,
-                          from + j * kPieceStep * kElementBytes, reads[j]);
+            CopyAsync(SharedAddress(mine + (i * kPieces + j) * 16 * kThreads),
+                      from + j * kPieceStep * kElementBytes, reads[j]);
           }
         }
         from += row_step;
@@ -430,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
         decay = expf(gate);
       }
       if constexpr (kIsInt16) {
-        WaitForCopies<kParts>();
+        WaitCopies<kParts>();
         const float unit = Piece::Unit(scales[k], decay, key);
         key_rows[k] = {unit, __fdividef(key, unit)};
 #pragma unroll
@@ -517,10 +498,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
   };
 #pragma unroll(kIsInt16 ? kParts : 1)
   for (unsigned part = 0; part < kParts; ++part) {
-    if (part == 0) WaitForCopies<3>();
-    if (part == 1) WaitForCopies<2>();
-    if (part == 2) WaitForCopies<1>();
-    if (part == 3) WaitForCopies<0>();
+    if (part == 0) WaitCopies<3>();
+    if (part == 1) WaitCopies<2>();
+    if (part == 2) WaitCopies<1>();
+    if (part == 3) WaitCopies<0>();
 #pragma unroll(kIsInt16 ? 1 : 2)
     for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) step(i);
   }
