@@ -12,17 +12,43 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kBatch = 4;  // loads in flight before the first store, which the compiler cannot move
 
+// What a group of kThreads threads works on.
+template <typename X, typename Y, int kThreads>
+struct NormItem {
+  const X* x;
+  Y* y;
+  const Y* gate;
+
+  // False when there is none: a whole warp, or the block.
+  __device__ bool Find(const RmsNormArgs& a) {
+    const int item = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
+    if (item >= a.rows * a.groups) return false;
+    const int64_t row = item / a.groups, offset = int64_t{item % a.groups} * a.dim;
+    x = static_cast<const X*>(a.x) + row * a.x_stride + offset;
+    y = static_cast<Y*>(a.y) + row * a.y_stride + offset;
+    gate =
+        a.gate == nullptr ? nullptr : static_cast<const Y*>(a.gate) + row * a.gate_stride + offset;
+    return true;
+  }
+  // Of each thread's sum of squares.
+  __device__ float Scale(const RmsNormArgs& a, float squares, float* shared) const {
+    if constexpr (kThreads == 32) {
+      squares = WarpSum(squares);
+    } else {
+      squares = BlockSum<kThreads>(squares, shared);
+    }
+    return 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+  }
+};
+
 template <typename X, typename Y, int kThreads>
 __global__ void __launch_bounds__(kBlock) RmsNormKernel(const RmsNormArgs a) {
   __shared__ float shared[kBlock / 32];
-  const int item = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
-  // A whole warp leaves together; with kThreads == kBlock there is one item to a block.
-  if (item >= a.rows * a.groups) return;
-  const int64_t row = item / a.groups, offset = int64_t{item % a.groups} * a.dim;
-  const X* x = static_cast<const X*>(a.x) + row * a.x_stride + offset;
-  Y* y = static_cast<Y*>(a.y) + row * a.y_stride + offset;
-  const Y* gate =
-      a.gate == nullptr ? nullptr : static_cast<const Y*>(a.gate) + row * a.gate_stride + offset;
+  NormItem<X, Y, kThreads> item;
+  if (!item.Find(a)) return;
+  const X* const x = item.x;
+  Y* const y = item.y;
+  const Y* const gate = item.gate;
   const int first = threadIdx.x % kThreads;
   float scale = 1;
   if (a.normalize) {
@@ -32,12 +58,7 @@ __global__ void __launch_bounds__(kBlock) RmsNormKernel(const RmsNormArgs a) {
       const float value = ToFloat(x[i]);
       squares = fmaf(value, value, squares);
     }
-    if constexpr (kThreads == 32) {
-      squares = WarpSum(squares);
-    } else {
-      squares = BlockSum<kThreads>(squares, shared);
-    }
-    scale = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+    scale = item.Scale(a, squares, shared);
   }
   for (int i0 = first; i0 < a.dim; i0 += kBatch * kThreads) {
     float value[kBatch];
@@ -64,13 +85,11 @@ constexpr int kFours = 4;  // of a thread
 template <typename X, typename Y, int kThreads>
 __global__ void __launch_bounds__(kBlock) RmsNormFoursKernel(const RmsNormArgs a) {
   __shared__ float shared[kBlock / 32];
-  const int item = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
-  if (item >= a.rows * a.groups) return;
-  const int64_t row = item / a.groups, offset = int64_t{item % a.groups} * a.dim;
-  const X* x = static_cast<const X*>(a.x) + row * a.x_stride + offset;
-  Y* y = static_cast<Y*>(a.y) + row * a.y_stride + offset;
-  const Y* gate =
-      a.gate == nullptr ? nullptr : static_cast<const Y*>(a.gate) + row * a.gate_stride + offset;
+  NormItem<X, Y, kThreads> item;
+  if (!item.Find(a)) return;
+  const X* const x = item.x;
+  Y* const y = item.y;
+  const Y* const gate = item.gate;
   const int first = 4 * (threadIdx.x % kThreads);
   float value[kFours][4];
   float squares = 0;
@@ -87,12 +106,7 @@ __global__ void __launch_bounds__(kBlock) RmsNormFoursKernel(const RmsNormArgs a
   }
   float scale = 1;
   if (a.normalize) {
-    if constexpr (kThreads == 32) {
-      squares = WarpSum(squares);
-    } else {
-      squares = BlockSum<kThreads>(squares, shared);
-    }
-    scale = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+    scale = item.Scale(a, squares, shared);
   }
 #pragma unroll
   for (int j = 0; j < kFours; ++j) {
