@@ -586,9 +586,13 @@ size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory) {
   return used;
 }
 
-void Prepare(Device& device, const TensorProblem& p) {
+void FindTiles(Device& device, const TensorProblem& p) {
   const unsigned threads = std::min(kBeginsThreads, RoundUp(p.num_seqs, 32));
   LaunchOverlapped(device, BeginsKernel, {.blocks = 1, .threads = threads}, p);
+}
+
+void Prepare(Device& device, const TensorProblem& p) {
+  FindTiles(device, p);
   WithKeyDim(p.key_dim, [&]<int K>() {
     const unsigned blocks = GridOf(p.max_tiles() * p.heads);
     if (p.gate_kind == GateKind::kPerKey) {

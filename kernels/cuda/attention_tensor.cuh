@@ -213,26 +213,31 @@ __device__ void SumKeyGates(const TensorProblem& p, const TilePlace& at, float* 
   __syncthreads();
 }
 
-// Per step (or constant, or none): sums[t], by the first warp. Ends with a barrier.
+// Per step (or constant, or none): G of tokens 2 lane and 2 lane + 1, by a warp.
+__device__ inline float2 StepGateSums(const TensorProblem& p, const TilePlace& at, int lane) {
+  float g[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int t = 2 * lane + i;
+    g[i] = 0;
+    if (t >= at.tokens || p.gate_kind == GateKind::kNone) continue;
+    const int64_t index =
+        p.gate_kind == GateKind::kConstant ? at.head : (at.row0 + t) * p.gate_stride + at.head;
+    g[i] = BoundedGate(p.Gate(index));
+  }
+  float sum = g[0] + g[1];
+  for (int step = 1; step < 32; step *= 2) {
+    const float other = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  return {sum - g[1], sum};
+}
+
+// The same to sums[t], by the first warp. Ends with a barrier.
 __device__ inline void SumStepGates(const TensorProblem& p, const TilePlace& at, float* sums) {
   if (threadIdx.x < 32) {
-    float g[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = 2 * threadIdx.x + i;
-      g[i] = 0;
-      if (t >= at.tokens || p.gate_kind == GateKind::kNone) continue;
-      const int64_t index =
-          p.gate_kind == GateKind::kConstant ? at.head : (at.row0 + t) * p.gate_stride + at.head;
-      g[i] = BoundedGate(p.Gate(index));
-    }
-    float sum = g[0] + g[1];
-    for (int step = 1; step < 32; step *= 2) {
-      const float other = __shfl_up_sync(0xFFFFFFFFu, sum, step);
-      if (threadIdx.x >= step) sum += other;
-    }
-    sums[2 * threadIdx.x] = sum - g[1];
-    sums[2 * threadIdx.x + 1] = sum;
+    const float2 pair = StepGateSums(p, at, threadIdx.x);
+    sums[2 * threadIdx.x] = pair.x, sums[2 * threadIdx.x + 1] = pair.y;
   }
   __syncthreads();
 }
@@ -275,7 +280,9 @@ inline bool AllowsPieces(const void* data, int64_t stride, DType dtype) {
 // its bytes (memory null: only counts).
 size_t PlaceWorkspace(TensorProblem& p, int num_chains, char* memory);
 
-// tile_begin, segment_begin, then q~, k~, D and A of every tile.
+// tile_begin and segment_begin.
+void FindTiles(Device& device, const TensorProblem& p);
+// The same, then q~, k~, D and A of every tile.
 void Prepare(Device& device, const TensorProblem& p);
 
 // S = D S + keys^T values from tile to tile, for k~ and v; or backwards, for q~ and do.
@@ -296,5 +303,14 @@ struct Chains {
 void Chain(Device& device, const TensorProblem& p, const Chains& chains);
 // For p.is_segmented, from each segment's own contribution to its start state, in p.starts.
 void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains);
+
+// The backward pass where the gate is not per key, and V is 64, 128, 256 or 512
+// (attention_tensor_step.cu).
+inline bool TensorStepDimsFit(int value_dim) {
+  return value_dim == 64 || value_dim == 128 || value_dim == 256 || value_dim == 512;
+}
+size_t TensorStepBackwardBytes(const TensorProblem& p, bool wants_gate);
+void TensorStepBackward(Device& device, const TensorProblem& p,
+                        const LinearAttentionBackwardArgs& args);
 
 }  // namespace gla

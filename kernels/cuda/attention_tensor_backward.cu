@@ -385,153 +385,16 @@ __device__ void FinishKeyGates(const BackwardProblem& b, const TilePlace& at, ch
   }
 }
 
-// ---- Within a tile, one decay per step, or none -------------------------------------------------
-
-template <int K>
-constexpr int kStepFinishBytes = 2 * K* kTileRowBytes + kTileBytes + 2048;
-
-template <int K>
-__device__ void FinishStepGates(const BackwardProblem& b, const TilePlace& at, char* shared,
-                                float (&sum)[BackwardShape<K>::kColumns / 2],
-                                const float (&scores)[32], float state_product) {
-  using Shape = BackwardShape<K>;
-  const TensorProblem& p = b.p;
-  const int id = threadIdx.x, lane = id % 32;
-  const Share<K> share;
-  char* const q = shared;  // later dq
-  char* const k = q + K * kTileRowBytes;
-  char* const d_scores = k + K * kTileRowBytes;
-  float* const sums = reinterpret_cast<float*>(d_scores + kTileBytes);
-  float* const row_sums = sums + kTileTokens;  // [group][64]: q dq, and k dk
-  float* const reduce = row_sums + 2 * Shape::kShares * kTileTokens;
-
-  for (int i = 0; i < K / 64; ++i) {
-    const int64_t column = int64_t{at.head} * K + 64 * i;
-    CopyTile<Shape::kThreads>(q + i * kTileBytes, p.q + at.row0 * p.q_stride + column, p.q_stride,
-                              at.tokens, id);
-    CopyTile<Shape::kThreads>(k + i * kTileBytes, p.k + at.row0 * p.k_stride + column, p.k_stride,
-                              at.tokens, id);
-  }
-  CommitCopies();
-  SumStepGates(p, at, sums);
-  if (share.group == 0) {
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const int t = SumRow(i), s = SumColumn(i / 4, 0);
-      const float low = s <= t ? p.scale * Exp2(sums[t] - sums[s]) * scores[i] : 0;
-      const float high = s + 1 <= t ? p.scale * Exp2(sums[t] - sums[s + 1]) * scores[i + 1] : 0;
-      *reinterpret_cast<uint32_t*>(d_scores + TileElement(t, s)) = PackBf16(low, high);
-    }
-  }
-  WaitCopies<0>();
-  FenceShared();
-  __syncthreads();
-
-  // Where elements i and i + 1 of the share lie in tiles of q, k, dq, dk.
-  const auto place = [&](char* tiles, int i) {
-    const int column = share.column0 + SumColumn(i / 4, 0);
-    return reinterpret_cast<uint32_t*>(tiles + column / 64 * kTileBytes +
-                                       TileElement(SumRow(i % 4), column % 64));
-  };
-  float key_product = 0;
-  const float g[2] = {sums[SumRow(0)], sums[SumRow(2)]};
-  const float factors[2] = {
-      share.is_keys ? Exp2(sums[kTileTokens - 1] - g[0]) : p.scale * Exp2(g[0]),
-      share.is_keys ? Exp2(sums[kTileTokens - 1] - g[1]) : p.scale * Exp2(g[1])};
-#pragma unroll
-  for (int i = 0; i < Shape::kColumns / 2; ++i) sum[i] *= factors[i / 2 % 2];
-  if (share.is_keys && b.d_gate != nullptr) {
-#pragma unroll
-    for (int i = 0; i < Shape::kColumns / 2; i += 2) {
-      const float2 x = UnpackBf16(*place(k, i));
-      key_product = fmaf(x.x, sum[i], fmaf(x.y, sum[i + 1], key_product));
-    }
-  }
-  const int tile0 = share.column0 / 64 * kTileBytes;
-  if (!share.is_keys) {
-    BeginProducts();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Wgmma<Shape::kColumns, kAlongColumns, kAlongRows>(
-          sum, TileOperand<kAlongColumns>(d_scores, i),
-          TileOperand<kAlongRows>(k + tile0, i, kTileBytes));
-    }
-    CommitProducts();
-  } else {
-    BeginProducts();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      Wgmma<Shape::kColumns, kAlongRows, kAlongRows>(
-          sum, TileOperand<kAlongRows>(d_scores, i),
-          TileOperand<kAlongRows>(q + tile0, i, kTileBytes));
-    }
-    CommitProducts();
-  }
-  WaitProducts<0>();
-
-  if (b.d_gate != nullptr) {
-    float rows[2] = {};
-#pragma unroll
-    for (int i = 0; i < Shape::kColumns / 2; i += 2) {
-      const float2 x = UnpackBf16(*place(share.is_keys ? k : q, i));
-      rows[i / 2 % 2] = fmaf(x.x, sum[i], fmaf(x.y, sum[i + 1], rows[i / 2 % 2]));
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rows[half] += __shfl_xor_sync(0xFFFFFFFFu, rows[half], 1);
-      rows[half] += __shfl_xor_sync(0xFFFFFFFFu, rows[half], 2);
-      if (lane % 4 == 0) row_sums[share.group * kTileTokens + SumRow(2 * half)] = rows[half];
-    }
-    const float at_end = BlockSum<Shape::kThreads>(
-        key_product + Exp2(sums[kTileTokens - 1]) * state_product, reduce);
-    __syncthreads();
-    if (id < 32) {
-      const auto product = [&](int t) {
-        float x = 0;
-        for (int i = 0; i < Shape::kShares; ++i) {
-          x += row_sums[i * kTileTokens + t] - row_sums[(Shape::kShares + i) * kTileTokens + t];
-        }
-        return x;
-      };
-      const int t = 2 * lane;
-      const float second = product(t + 1);
-      float running = product(t) + second;
-      const float both = running;
-      for (int step = 1; step < 32; step *= 2) {
-        const float other = __shfl_down_sync(0xFFFFFFFFu, running, step);
-        if (lane + step < 32) running += other;
-      }
-      const int64_t to = (at.row0 + t) * p.gate_stride + at.head;
-      if (t < at.tokens) StoreGate(p, b.d_gate, to, running + at_end);
-      if (t + 1 < at.tokens) {
-        StoreGate(p, b.d_gate, to + p.gate_stride, running - both + second + at_end);
-      }
-    }
-  }
-
-  __syncthreads();
-  char* const result = share.is_keys ? k : q;
-#pragma unroll
-  for (int i = 0; i < Shape::kColumns / 2; i += 2) *place(result, i) = PackBf16(sum[i], sum[i + 1]);
-  __syncthreads();
-  bf16* const out = (share.is_keys ? b.dk : b.dq) + (at.row0 * p.heads + at.head) * K;
-  constexpr int kHalf = Shape::kThreads / 2;
-  for (int i = 0; i < K / 64; ++i) {
-    StoreTile<kHalf>(out + 64 * i, int64_t{p.heads} * K, result + i * kTileBytes, at.tokens,
-                     id % kHalf);
-  }
-}
-
 // ---- The products over V ------------------------------------------------------------------------
 
-template <int K, bool kPerKey>
+template <int K>
 constexpr size_t BackwardBytes() {
-  const int finish = kPerKey ? static_cast<int>(sizeof(KeyBackwardShared<K>)) : kStepFinishBytes<K>;
+  const int finish = static_cast<int>(sizeof(KeyBackwardShared<K>));
   return 1024 + (finish > BackwardShape<K>::kLoopBytes ? finish : BackwardShape<K>::kLoopBytes);
 }
 
 // A block to a (tile, head).
-template <int K, bool kPerKey>
+template <int K>
 __global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
     BackwardKernel(const BackwardProblem b) {
   using Shape = BackwardShape<K>;
@@ -656,11 +519,7 @@ __global__ void __launch_bounds__(BackwardShape<K>::kThreads, K == 256 ? 1 : 2)
   }
   __syncthreads();
 
-  if constexpr (kPerKey) {
-    FinishKeyGates<K>(b, at, shared, sum, other, state_product);
-  } else {
-    FinishStepGates<K>(b, at, shared, sum, other, state_product);
-  }
+  FinishKeyGates<K>(b, at, shared, sum, other, state_product);
 }
 
 BackwardProblem ProblemOf(const LinearAttentionBackwardArgs& a) {
@@ -706,12 +565,15 @@ bool TensorBackwardFits(const LinearAttentionBackwardArgs& a) {
   }
   return a.dtype == DType::kBFloat16 && a.d_o != nullptr && aligned &&
          a.num_kv_heads == a.num_heads && a.state_heads == a.num_heads &&
-         TensorDimsFit(a.key_dim, a.value_dim) && IsAligned(a.initial_state, 16) &&
-         IsAligned(a.d_final_state, 16) && IsAligned(a.d_initial_state, 16);
+         TensorDimsFit(a.key_dim, a.value_dim) &&
+         (a.gate_kind == GateKind::kPerKey || TensorStepDimsFit(a.value_dim)) &&
+         IsAligned(a.initial_state, 16) && IsAligned(a.d_final_state, 16) &&
+         IsAligned(a.d_initial_state, 16);
 }
 
 size_t TensorBackwardBytes(const LinearAttentionBackwardArgs& a) {
   BackwardProblem b = ProblemOf(a);
+  if (a.gate_kind != GateKind::kPerKey) return TensorStepBackwardBytes(b.p, a.d_gate != nullptr);
   return PlaceWorkspace(b.p, 2, nullptr) + 2 * StateImageBytes(b.p);
 }
 
@@ -719,6 +581,7 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
   const cudaStream_t stream = Queue(device);
   BackwardProblem b = ProblemOf(a);
   TensorProblem& p = b.p;
+  if (a.gate_kind != GateKind::kPerKey) return TensorStepBackward(device, p, a);
   char* const workspace = static_cast<char*>(a.workspace);
   char* const states = workspace + PlaceWorkspace(p, 2, workspace);
   char* const d_states = states + StateImageBytes(p);
@@ -742,12 +605,9 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
                   .states = d_states};
   Chain(device, p, chains);
   WithKeyDim(p.key_dim, [&]<int K>() {
-    const bool per_key = p.gate_kind == GateKind::kPerKey;
-    void (*const kernel)(BackwardProblem) =
-        per_key ? &BackwardKernel<K, true> : &BackwardKernel<K, false>;
-    const size_t bytes = per_key ? BackwardBytes<K, true>() : BackwardBytes<K, false>();
-    AllowShared(kernel, bytes);
-    kernel<<<GridOf(p.max_tiles() * p.heads), BackwardShape<K>::kThreads, bytes, stream>>>(b);
+    AllowShared(BackwardKernel<K>, BackwardBytes<K>());
+    BackwardKernel<K><<<GridOf(p.max_tiles() * p.heads), BackwardShape<K>::kThreads,
+                        BackwardBytes<K>(), stream>>>(b);
   });
   CUDA_CHECK(cudaGetLastError());
 }

@@ -1,47 +1,14 @@
 // The products of a decode step: which kernel serves how many rows, and the embedding before them.
 #include <algorithm>
-#include <initializer_list>
 
 #include "kernels/cuda/decode_entry.h"
 #include "kernels/cuda/decode_product.cuh"
 #include "kernels/cuda/decode_product_few.cuh"
 #include "kernels/cuda/decode_product_tile.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace gla {
 namespace {
-
-// ---- The copy engine's view of a matrix ---------------------------------------------------------
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// bfloat16, `box` elements at a time in the swizzle of tensor.cuh; `strides` (elements) of all
-// sides but the first. What lies outside reads as zero.
-CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides,
-                  std::initializer_list<uint64_t> strides, std::initializer_list<uint32_t> box) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &found));
-    GLA_REQUIRES(found == cudaDriverEntryPointSuccess, "a driver that knows tensor maps");
-    return reinterpret_cast<EncodeTiled>(function);
-  }();
-  CUtensorMap map;
-  uint64_t bytes[4] = {};
-  std::transform(strides.begin(), strides.end(), bytes,
-                 [](uint64_t s) { return s * sizeof(bf16); });
-  const uint32_t steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<uint32_t>(sides.size()),
-             const_cast<void*>(data), sides.begin(), bytes, box.begin(), steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  GLA_REQUIRES(result == CUDA_SUCCESS, "a matrix that the copy engine can read");
-  return map;
-}
 
 // ---- Launches -----------------------------------------------------------------------------------
 

@@ -10,36 +10,12 @@
 // interleaves: it sees the weight as [out / 16][gate, up][8][in].
 #pragma once
 
-#include <cuda.h>
-
 #include "kernels/cuda/decode_product.cuh"
+#include "kernels/cuda/tensor.cuh"
 
 namespace gla {
 
-// ---- Boxes of a matrix, and the blocks of a cluster ---------------------------------------------
-
-__device__ inline void Arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void CopyBox(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x,
-                               int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
-__device__ inline void CopyBox(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x, int y,
-                               int z, int w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4, %5, %6}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
-      : "memory");
-}
-__device__ inline void PrefetchMap(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+// ---- The blocks of a cluster --------------------------------------------------------------------
 
 __device__ inline void ArriveCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
