@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   if (kEnds && is_last) return;
   const int count = end - begin;
   const int row_begin = p.cu_seqlens[seq], length = p.cu_seqlens[seq + 1] - row_begin;
+  const bool backwards = job.backwards;
+  const float scale = p.scale;
   // The i-th tile on the way.
-  const auto tile_of = [&](int i) {
-    return job.backwards ? num_tiles - 1 - (begin + i) : begin + i;
-  };
+  const auto tile_of = [&](int i) { return backwards ? num_tiles - 1 - (begin + i) : begin + i; };
   const auto index_of = [&](int i) { return int64_t{first_tile + tile_of(i)} * p.heads + head; };
   const auto product_row = [&](int i) {
-    return (int64_t{job.backwards} * parts + part) * w.tile_heads() + index_of(i);
+    return (int64_t{backwards} * parts + part) * w.tile_heads() + index_of(i);
   };
   const auto stage_of = [&](int i) { return slots + i % kStages * (kChunks * Shape::kSlotBytes); };
   const auto zone_of = [&](int i) { return zones + i % Shape::kRawZones * Shape::kZoneBytes; };
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   const auto round_of = [&](int i) { return i / kStages & 1; };
   const auto values_round_of = [&](int i) { return i / Shape::kRawZones & 1; };
   const auto to_end = [](const float* g, int row) { return Exp2(g[kTileTokens - 1] - g[row]); };
-  const auto from_start = [&](const float* g, int row) { return p.scale * Exp2(g[row]); };
+  const auto from_start = [&](const float* g, int row) { return scale * Exp2(g[row]); };
 
   const int group = GroupOfWarps();
   if (group >= kHolders) {
@@ -250,7 +250,12 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         // so that what is added to them is not kept in registers from tile to tile
         asm volatile("" : "+l"(query), "+l"(rows_of_state), "+r"(partner));
         WaitBarrier(state_full(i), i / 2 & 1);
-        float scores[32] = {}, out[32] = {};
+        float scores[32], out[32];
+#pragma unroll
+        for (int n = 0; n < 32; ++n) {
+          scores[n] = out[n] = 0;
+          asm volatile("" : "+f"(scores[n]), "+f"(out[n]));  // before the products begin
+        }
 #pragma unroll 1
         for (int c = 0; c < kChunks; ++c) {
           WaitBarrier(full(i % kStages, c), round_of(i));
@@ -285,20 +290,28 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         __syncwarp();
 
         uint32_t a[4][4];
-        const float sign = job.backwards ? -1.0f : 1.0f;
+        const float sign = backwards ? -1.0f : 1.0f;
 #pragma unroll
-        for (int n = 0; n < 32; n += 2) {
-          const int row = SumRow(n), column = SumColumn(n / 4, 0);
-          const float2 other = *reinterpret_cast<const float2*>(g + column);
-          const auto score = [&](int at, float gate, float x) {
-            const int ahead = job.backwards ? row - at : at - row;
-            return ahead <= 0 && at < tokens ? p.scale * Exp2(sign * (g[row] - gate)) * x : 0.0f;
-          };
-          a[n / 8][n / 2 % 4] = PackBf16(score(column, other.x, scores[n]),
-                                         score(column + 1, other.y, scores[n + 1]));
+        for (int half = 0; half < 2; ++half) {
+          const int row = SumRow(2 * half), first = backwards ? row : 0;
+          const unsigned others =
+              backwards ? tokens - row : row + 1;  // that count, from `first` on
+          const float gate = sign * g[row];
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int column = SumColumn(j, 0);
+            const float2 other = *reinterpret_cast<const float2*>(g + column);
+            const auto score = [&](int at, float other_gate, float x) {
+              const float factor = scale * Exp2(fmaf(-sign, other_gate, gate));
+              return static_cast<unsigned>(at - first) < others ? factor * x : 0.0f;
+            };
+            a[j / 2][j % 2 * 2 + half] =
+                PackBf16(score(column, other.x, scores[4 * j + 2 * half]),
+                         score(column + 1, other.y, scores[4 * j + 2 * half + 1]));
+          }
         }
         const auto out_factor = [&](int row) {
-          return job.backwards ? to_end(g, row) : from_start(g, row);
+          return backwards ? to_end(g, row) : from_start(g, row);
         };
         const float factors[2] = {out_factor(SumRow(0)), out_factor(SumRow(2))};
         // The partner of elements n and n + 1; eight columns further are another 16-byte piece.
@@ -387,7 +400,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   if constexpr (!kEnds) {
     const float* from = nullptr;
     if (p.is_segmented) {
-      from = p.starts[job.backwards] + item_head * head_size;
+      from = p.starts[backwards] + item_head * head_size;
     } else if (job.initial.Of(seq) != nullptr) {
       from = job.initial.Of(seq) + head * head_size;
     }
@@ -417,13 +430,13 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       const float a = to_end(g, row), b = from_start(g, row);
       uint4 x = *reinterpret_cast<const uint4*>(value + piece * 16);
       if (row >= tokens) *reinterpret_cast<uint4*>(value + piece * 16) = x = {0, 0, 0, 0};
-      *reinterpret_cast<uint4*>(scaled + piece * 16) = ScaledBy(x, job.backwards ? b : a);
+      *reinterpret_cast<uint4*>(scaled + piece * 16) = ScaledBy(x, backwards ? b : a);
       if constexpr (kProducts) {
         char* const partner = value + kTileBytes + piece * 16;
         uint4 y = *reinterpret_cast<const uint4*>(partner);
         if (row >= tokens) *reinterpret_cast<uint4*>(partner) = y = {0, 0, 0, 0};
         *reinterpret_cast<uint4*>(scaled + kTileBytes + piece * 16) =
-            ScaledBy(y, job.backwards ? a : b);
+            ScaledBy(y, backwards ? a : b);
       }
     }
     if (tokens < kTileTokens) {  // what follows belongs to others, who may have NaN there
@@ -484,7 +497,10 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         }
       }
 #pragma unroll
-      for (int n = 0; n < 32; ++n) s[j][n] *= decay;
+      for (int n = 0; n < 32; ++n) {
+        s[j][n] *= decay;
+        asm volatile("" : "+f"(s[j][n]));  // before the products begin
+      }
       BeginProducts();
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -503,9 +519,9 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
 
   float* to = nullptr;
   if constexpr (kEnds) {
-    to = p.starts[job.backwards] + item_head * head_size;
+    to = p.starts[backwards] + item_head * head_size;
     if (id < 64) {  // by key: the columns are keys
-      p.segment_decays[job.backwards][item_head * job.columns + 64 * part + id] = decay_product;
+      p.segment_decays[backwards][item_head * job.columns + 64 * part + id] = decay_product;
     }
   } else if (is_last && job.final.Of(seq) != nullptr) {
     to = job.final.Of(seq) + head * head_size;
@@ -528,7 +544,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   }
   if constexpr (kProducts) {
     product = WarpSum(product);
-    if (is_last && !job.backwards && lane == 0) {
+    if (is_last && !backwards && lane == 0) {
       const int64_t row = (int64_t{part} * p.num_seqs + seq) * p.heads + head;
       w.end_products[row * kEndSums + warp] = product;
     }
