@@ -61,12 +61,11 @@ struct StepProblem {
   float* across;        // Z: [tiles, H]
   StepJob jobs[2];
   int num_jobs;
-  int holder_warps;  // of a block that makes X and Y
 
   __device__ int64_t tile_heads() const { return p.max_tiles() * p.heads; }
 };
-constexpr int kTileSums = 12;  // a warp's part each: of what rounding lost, then of the products
-constexpr int kEndSums = 8;
+// A warp's part each: of the holders' eight (what rounding lost), then of the readers' four.
+constexpr int kEndSums = 8, kTileSums = kEndSums + 4;
 
 constexpr int kHolderRegisters = 184, kReaderRegisters = 136;  // of a thread, where uneven
 
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
           }
           const int64_t to = product_row(i);
           const float all = WarpSum(products[0] + products[1]);
-          if (lane == 0) w.tile_sums[to * kTileSums + kHolderThreads / 32 + warp % 4] = all;
+          if (lane == 0) w.tile_sums[to * kTileSums + kEndSums + warp % 4] = all;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float x = products[half], y = after[half] - factors[half] * before[half];
@@ -412,6 +411,11 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       }
     }
   }
+  // This warp's of eight parts of a sum.
+  const auto store_sum = [&](float* sums, float sum) {
+    sums[warp] = sum;
+    if (kHolders == 1) sums[warp + 4] = 0;
+  };
   float decay_product = 1;
 
   for (int i = 0; i < count; ++i) {
@@ -513,7 +517,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
     }
     if constexpr (kProducts) {
       lost = WarpSum(lost);
-      if (lane == 0) w.tile_sums[product_row(i) * kTileSums + warp] = lost;
+      if (lane == 0) store_sum(w.tile_sums + product_row(i) * kTileSums, lost);
     }
   }
 
@@ -546,7 +550,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
     product = WarpSum(product);
     if (is_last && !backwards && lane == 0) {
       const int64_t row = (int64_t{part} * p.num_seqs + seq) * p.heads + head;
-      w.end_products[row * kEndSums + warp] = product;
+      store_sum(w.end_products + row * kEndSums, product);
     }
   }
 }
@@ -564,10 +568,22 @@ __global__ void __launch_bounds__(256) StepGatesKernel(const __grid_constant__ S
 
 constexpr int kAcrossThreads = 256;
 
+// The sum of kCount values, a multiple of four.
+template <int kCount>
+__device__ float SumOf(const float* x) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 four = LoadFour(x + i);
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
+  return sum;
+}
+
 // Z of each tile of a (sequence, head), from the last one on.
 __global__ void __launch_bounds__(kAcrossThreads)
     AcrossKernel(const __grid_constant__ StepProblem w) {
-  __shared__ float sums[kAcrossThreads];
+  __shared__ float sums[kAcrossThreads / 32];
   WaitForPrevious();
   AllowNext();
   const TensorProblem& p = w.p;
@@ -576,9 +592,8 @@ __global__ void __launch_bounds__(kAcrossThreads)
   const int parts = p.key_dim / 64;
   float carry = 0;
   for (int part = 0; part < parts; ++part) {
-    const float* const from =
-        w.end_products + ((int64_t{part} * p.num_seqs + seq) * p.heads + head) * kEndSums;
-    for (int i = 0; i < w.holder_warps; ++i) carry += from[i];
+    carry += SumOf<kEndSums>(w.end_products +
+                             ((int64_t{part} * p.num_seqs + seq) * p.heads + head) * kEndSums);
   }
   for (int base = (num_tiles - 1) / kAcrossThreads * kAcrossThreads; base >= 0;
        base -= kAcrossThreads) {
@@ -588,25 +603,28 @@ __global__ void __launch_bounds__(kAcrossThreads)
     if (tile < num_tiles) {
       for (int part = 0; part < parts; ++part) {
         const float* const x = w.tile_sums + (part * w.tile_heads() + index) * kTileSums;
-        const float* const y = x + parts * w.tile_heads() * kTileSums;
-        float sum_x = 0, sum_y = 0;
-        for (int i = 0; i < w.holder_warps + 4; ++i) sum_x += x[i], sum_y += y[i];
-        own += sum_x - sum_y, all_y += sum_y;
+        const float y = SumOf<kTileSums>(x + parts * w.tile_heads() * kTileSums);
+        own += SumOf<kTileSums>(x) - y, all_y += y;
       }
     }
+    float from_here = own;  // in the warp, then in the block
+    for (int step = 1; step < 32; step *= 2) {
+      const float other = __shfl_down_sync(0xFFFFFFFFu, from_here, step);
+      if (id % 32 + step < 32) from_here += other;
+    }
+    const float next = __shfl_down_sync(0xFFFFFFFFu, from_here, 1);
     __syncthreads();  // `sums` has been read
-    sums[id] = own;
+    if (id % 32 == 0) sums[id / 32] = from_here;
     __syncthreads();
-    for (int step = 1; step < kAcrossThreads; step *= 2) {
-      const float other = id + step < kAcrossThreads ? sums[id + step] : 0;
-      __syncthreads();
-      sums[id] += other;
-      __syncthreads();
+    float all = 0, later = 0;  // of the warps
+    for (int i = kAcrossThreads / 32 - 1; i >= 0; --i) {
+      if (i == id / 32) later = all;
+      all += sums[i];
     }
     if (tile < num_tiles) {
-      w.across[index] = carry + (id + 1 < kAcrossThreads ? sums[id + 1] : 0) - all_y;
+      w.across[index] = (carry + ((id % 32 < 31 ? next : 0) + later)) - all_y;
     }
-    carry += sums[0];
+    carry += all;
   }
 }
 
@@ -766,7 +784,6 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
   FindTiles(device, p);
   LaunchOverlapped(device, StepGatesKernel, warps, w);
   w.jobs[0] = dq, w.jobs[1] = dk, w.num_jobs = 2;
-  w.holder_warps = p.value_dim == 64 ? 4 : 8;
   if (p.is_segmented) {
     LaunchStepWalk<StepWalk::kEnds>(device, w);
     Chains chains = {.count = 2};

@@ -311,6 +311,12 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
     Check(c, kFew);
     c.K = 256, c.V = 128;
     Check(c, kFew);
+    c.K = 128, c.V = 256, c.gate_dtype = DType::kFloat32;
+    Check(c, {130, 0, 1});
+    c.K = 256, c.V = 512;
+    Check(c, {65, 1});
+    c.K = 64, c.V = 192;
+    Check(c, {65, 1});
     c.K = 64, c.V = 64, c.H = c.G = 1;
     Check(c, {2100, 0, 50, 2049});  // segments
     for (int bits = 0; bits < 16; ++bits) {
@@ -321,8 +327,16 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
       if (c.d_o || c.d_final_state) Check(c, {70, 0, 1});
     }
   }
-  for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing}) {
+  for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing, Gates::kLongMemory}) {
     for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
+      Check({.H = 1,
+             .G = 1,
+             .K = 64,
+             .V = 128,
+             .kind = kind,
+             .gates = gates,
+             .dtype = DType::kBFloat16},
+            {2200});
       Check({.H = 2,
              .G = 2,
              .K = 64,
@@ -339,6 +353,53 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
              .gates = gates,
              .dtype = DType::kBFloat16},
             kFew);
+    }
+  }
+}
+
+// Tiles are read whole, whoever the rows behind a sequence's end belong to.
+TEST(LinearAttentionBackward, NaNInAnotherSequenceStaysThere) {
+  for (AttentionForm form : kForms) {
+    for (GateKind kind : kKinds) {
+      for (int dim : {64, 128}) {
+        const Case c = {
+            .H = 2, .G = 2, .K = dim, .V = 2 * dim, .kind = kind, .dtype = DType::kBFloat16};
+        SCOPED_TRACE(c.name(form));
+        const std::vector<int> lengths = {70, 30, 50};
+        const Inputs in(c, lengths);
+        Inputs poisoned = in;
+        const auto poison = [&](std::vector<float>& x, int rows, int first, int count) {
+          const size_t width = x.size() / rows;
+          std::fill_n(x.begin() + first * width, count * width, NAN);
+        };
+        for (auto member : {&Inputs::q, &Inputs::k, &Inputs::v, &Inputs::d_o}) {
+          poison(poisoned.*member, 150, 70, 30);
+        }
+        if (c.has_d_gate()) poison(poisoned.gate, 150, 70, 30);
+        poison(poisoned.initial_state, 3, 1, 1);
+        poison(poisoned.d_final_state, 3, 1, 1);
+        const Result want = RunBackward(form, c, in), got = RunBackward(form, c, poisoned);
+        const auto expect_same = [&](const std::vector<float>& x, const std::vector<float>& y,
+                                     int rows, int first, int count, const char* what) {
+          const auto part = [&](const std::vector<float>& all) {
+            const size_t width = all.size() / rows;
+            return std::vector<float>(all.begin() + first * width,
+                                      all.begin() + (first + count) * width);
+          };
+          EXPECT_TRUE(IsSameBits(part(x), part(y))) << what << " from row " << first;
+        };
+        for (const auto& [first, count] : {std::pair{0, 70}, std::pair{100, 50}}) {
+          expect_same(got.dq, want.dq, 150, first, count, "dq");
+          expect_same(got.dk, want.dk, 150, first, count, "dk");
+          expect_same(got.dv, want.dv, 150, first, count, "dv");
+          if (c.has_d_gate()) {
+            expect_same(got.d_gate, want.d_gate, 150, first, count, "d_gate");
+          }
+        }
+        for (int seq : {0, 2}) {
+          expect_same(got.d_initial_state, want.d_initial_state, 3, seq, 1, "d_initial_state");
+        }
+      }
     }
   }
 }
