@@ -88,7 +88,7 @@ struct StepShape {
   // A slot has 64 columns of a tile's query and key.
   static constexpr int kSlotBytes = kEnds ? kTileBytes : 2 * kTileBytes;
   static constexpr int kStages = kIsTight ? 1 : 2;  // tiles of slots
-  static constexpr int kHeaderBytes = 1024;         // barriers, gates
+  static constexpr int kHeaderBytes = 2048;         // barriers, gates
   static constexpr size_t kBytes = kHeaderBytes + kZones * kZoneBytes +
                                    (kEnds ? 0 : kChunks * kTileBytes) +
                                    kStages * kChunks * kSlotBytes;
@@ -133,11 +133,12 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   if (header % 1024 != 0) __trap();
   // Barriers. `full`: a slot's bytes have come; `moved`: S has moved on by the slot's rows.
   const auto full = [&](int stage, int c) { return header + 8 * (stage * kChunks + c); };
-  const auto moved = [&](int stage, int c) { return header + 64 + 8 * (stage * kChunks + c); };
-  const auto values_full = [&](int zone) { return header + 128 + 8 * zone; };
-  const auto state_full = [&](int i) { return header + 152 + 8 * (i % 2); };  // a reader may begin
-  const uint32_t state_read = header + 168, tile_read = header + 176;
-  float* const gates = reinterpret_cast<float*>(raw_shared + 256);  // G, by zone
+  const auto moved = [&](int stage, int c) { return header + 128 + 8 * (stage * kChunks + c); };
+  const auto values_full = [&](int zone) { return header + 256 + 8 * zone; };
+  const auto state_full = [&](int i) { return header + 288 + 8 * (i % 2); };  // a reader may begin
+  const uint32_t state_read = header + 304, tile_read = header + 312;
+  static_assert(8 * kStages * kChunks <= 128 && 8 * Shape::kRawZones <= 32);
+  float* const gates = reinterpret_cast<float*>(raw_shared + 1024);  // G, by zone
   char* const zones = raw_shared + Shape::kHeaderBytes;
   char* const state = zones + Shape::kZones * Shape::kZoneBytes;  // S in bfloat16
   char* const slots = state + (kEnds ? 0 : kChunks * kTileBytes);
@@ -216,7 +217,8 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       CopyBulk(SharedAddress(gates_of(i)), w.gates + index_of(i) * kTileTokens, kTileTokens * 4,
                barrier);
     };
-    // Fills the slot again that tile i has left.
+    // Fills the slot again that tile i has left. A product is the whole group's: when it has ended
+    // for one warp, it has for all.
     const auto copy_again = [&](int i, int c) {
       if (i + kStages >= count) return;
       WaitBarrier(moved(i % kStages, c), round_of(i));
@@ -229,15 +231,11 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       }
     }
     if constexpr (kEnds) {
-      if (id != kHolderThreads) return;
-      for (int i = 0; i + kStages < count; ++i) {
+      for (int i = 0; i + kStages < count && id == kHolderThreads; ++i) {
         for (int c = 0; c < kChunks; ++c) copy_again(i, c);
         if (i + Shape::kRawZones < count) copy_values(i + Shape::kRawZones);
       }
-      return;
-    }
-
-    if constexpr (!kEnds)
+    } else {
       for (int i = group - kHolders; i < count; i += kReaders) {
         const int tile = tile_of(i), tokens = min(kTileTokens, length - kTileTokens * tile);
         char* const value = zone_of(i);
@@ -279,9 +277,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         }
         WaitProducts<0>();
         if (lane == 0) Arrive(state_read);
-        // A group's warps may be apart by more than the copies allow: all have read.
         const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); };
-        meet();
         if (is_copier) {
           copy_again(i, kChunks - 1);
           if (Shape::kIsTight && i + 1 < count) copy_values(i + 1);
@@ -294,7 +290,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         for (int half = 0; half < 2; ++half) {
           const int row = SumRow(2 * half), first = backwards ? row : 0;
           const unsigned others =
-              backwards ? tokens - row : row + 1;  // that count, from `first` on
+              backwards ? max(tokens - row, 0) : row + 1;  // that count, from `first` on
           const float gate = sign * g[row];
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -379,6 +375,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
           __syncwarp();
         }
       }
+    }
     return;
   }
 

@@ -317,8 +317,13 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
     Check(c, {65, 1});
     c.K = 64, c.V = 192;
     Check(c, {65, 1});
-    c.K = 64, c.V = 64, c.H = c.G = 1;
-    Check(c, {2100, 0, 50, 2049});  // segments
+    c.H = c.G = 1;  // segments
+    for (int value_dim : {128, 256, 512}) {
+      c.V = value_dim;
+      Check(c, {2100});
+    }
+    c.V = 64;
+    Check(c, {2100, 0, 50, 2049});
     for (int bits = 0; bits < 16; ++bits) {
       c.initial_state = (bits & 1) != 0;
       c.d_o = (bits & 2) != 0;
