@@ -788,19 +788,19 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
     chains.of[1] = {.backwards = true, .initial = d_final};
     ScanSegments(device, p, chains);
   }
-  if (wants_gate) {
-    LaunchStepWalk<StepWalk::kProducts>(device, w);
-  } else {
-    LaunchStepWalk<StepWalk::kOutputs>(device, w);
-  }
-  if (wants_gate) {
-    const LaunchShape blocks = {.blocks = GridOf(int64_t{p.num_seqs} * p.heads),
-                                .threads = kAcrossThreads};
-    LaunchOverlapped(device, AcrossKernel, blocks, w);
-    LaunchOverlapped(device, StepGateGradientKernel, warps, w, a.d_gate);
-  }
-  w.jobs[0] = dv, w.num_jobs = 1;
-  LaunchStepWalk<StepWalk::kOutputs>(device, w);
+  StepProblem values = w;
+  values.jobs[0] = dv, values.num_jobs = 1;
+  // Few sequences leave room for both; with many, the gate's small kernels find it beside dv.
+  device.SideBySide(
+      [&] { LaunchStepWalk<StepWalk::kOutputs>(device, values); },
+      [&] {
+        if (!wants_gate) return LaunchStepWalk<StepWalk::kOutputs>(device, w);
+        LaunchStepWalk<StepWalk::kProducts>(device, w);
+        LaunchOverlapped(
+            device, AcrossKernel,
+            {.blocks = GridOf(int64_t{p.num_seqs} * p.heads), .threads = kAcrossThreads}, w);
+        LaunchOverlapped(device, StepGateGradientKernel, warps, w, a.d_gate);
+      });
 }
 
 }  // namespace gla

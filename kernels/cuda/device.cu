@@ -170,10 +170,11 @@ void Device::SideBySide(const std::function<void()>& first, const std::function<
   CUDA_CHECK(cudaEventRecord(impl.forked, impl.stream));
   CUDA_CHECK(cudaStreamWaitEvent(impl.second_stream, impl.forked, 0));
   std::swap(impl.stream, impl.second_stream);
-  impl.after_event = true;
+  const bool was_after_event = std::exchange(impl.after_event, true);
   second();
   CUDA_CHECK(cudaEventRecord(impl.joined, impl.stream));
   std::swap(impl.stream, impl.second_stream);
+  impl.after_event = was_after_event;
   first();
   CUDA_CHECK(cudaStreamWaitEvent(impl.stream, impl.joined, 0));
   impl.after_event = true;
