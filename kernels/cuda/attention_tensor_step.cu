@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         BeginProducts();
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          WgmmaFromRegisters<64, kAlongRows>(out, a[n], TileOperand<kAlongRows>(value, n));
+          WgmmaFromRegisters<kAlongRows>(out, a[n], TileOperand<kAlongRows>(value, n));
         }
         CommitProducts();
         WaitProducts<0>();
