@@ -1,5 +1,5 @@
-// The backward pass of the chunkwise form on tensor cores. Prepare and two Chains give, per tile,
-// q~, k~, A, the state S before the tile and the gradient dS with respect to the state after it.
+// The backward pass on tensor cores with a gate per key (else: attention_tensor_step.cu). Prepare
+// and two Chains give, per tile, q~, k~, A, S before the tile and the gradient dS of S after it.
 // Then every tile at once, with dA_ts = scale do_t . v_s for s <= t:
 //   dq_t = scale 2^G_t (do_t S^T) + sum_s dA_ts k_s 2^(G_t - G_s)
 //   dk_s = 2^(G_C - G_s) (v_s dS^T) + sum_t dA_ts q_t 2^(G_t - G_s)
