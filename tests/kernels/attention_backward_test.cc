@@ -315,8 +315,14 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
     Check(c, {130, 0, 1});
     c.K = 256, c.V = 512;
     Check(c, {65, 1});
-    c.K = 64, c.V = 192;
-    Check(c, {65, 1});
+    for (int key_dim : {64, 128, 256}) {  // one tile of V, an odd number
+      c.K = key_dim;
+      for (int value_dim : {64, 192}) {
+        c.V = value_dim;
+        Check(c, {65, 1});
+      }
+    }
+    c.K = 64;
     c.H = c.G = 1;  // segments
     for (int value_dim : {128, 256, 512}) {
       c.V = value_dim;
@@ -358,6 +364,14 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
              .gates = gates,
              .dtype = DType::kBFloat16},
             kFew);
+      Check({.H = 1,
+             .G = 1,
+             .K = 256,
+             .V = 192,
+             .kind = kind,
+             .gates = gates,
+             .dtype = DType::kBFloat16},
+            {65, 0, 1, 130});
     }
   }
 }
@@ -366,7 +380,7 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
 TEST(LinearAttentionBackward, NaNInAnotherSequenceStaysThere) {
   for (AttentionForm form : kForms) {
     for (GateKind kind : kKinds) {
-      for (int dim : {64, 128}) {
+      for (int dim : {64, 128, 256}) {
         const Case c = {
             .H = 2, .G = 2, .K = dim, .V = 2 * dim, .kind = kind, .dtype = DType::kBFloat16};
         SCOPED_TRACE(c.name(form));
