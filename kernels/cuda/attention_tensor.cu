@@ -1,5 +1,6 @@
 // Prepare and Chain of attention_tensor.cuh.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/cuda/attention_tensor.cuh"
 
@@ -74,6 +75,31 @@ struct KeyPrepareShared {
   static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[kTileTokens][K]));
 };
 
+// Log2 decays of two neighbouring keys, summed along 16 tokens of which `tokens` are there.
+template <typename T>
+__device__ void SumGatePairs(const T* from, int64_t stride, int tokens, float2 (&sums)[16]) {
+  using Pair = std::conditional_t<sizeof(T) == 4, float2, uint32_t>;
+  Pair pairs[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    pairs[i] = Pair{};
+    if (i < tokens) pairs[i] = *reinterpret_cast<const Pair*>(from);
+    from += stride;
+  }
+  float2 sum = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float2 g;
+    if constexpr (sizeof(T) == 4) {
+      g = pairs[i];
+    } else {
+      g = UnpackBf16(pairs[i]);
+    }
+    sum.x += BoundedGate(g.x), sum.y += BoundedGate(g.y);
+    sums[i] = sum;
+  }
+}
+
 template <int K>
 __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
     PrepareKeyKernel(const TensorProblem p) {
@@ -82,7 +108,6 @@ __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
   auto& shared = *reinterpret_cast<Shared*>(raw_shared);
   WaitForPrevious();
   AllowNext();
-  if (K == 256) Stagger(kMultiprocessors, 4000);
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
@@ -102,7 +127,12 @@ __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
     from_q += p.q_stride, from_k += p.k_stride;
   }
   float2 sums[16];  // L
-  SumGatePairs(p, row0 * p.gate_stride + column, tokens, sums);
+  const int64_t from = row0 * p.gate_stride + column;
+  if (p.gate_dtype == DType::kFloat32) {
+    SumGatePairs(static_cast<const float*>(p.gate) + from, p.gate_stride, tokens, sums);
+  } else {
+    SumGatePairs(static_cast<const bf16*>(p.gate) + from, p.gate_stride, tokens, sums);
+  }
   const float2 first = sums[0], last = sums[15];
   *reinterpret_cast<float2*>(&shared.first[own][c]) = first;
   *reinterpret_cast<float2*>(&shared.last[own][c]) = last;
@@ -349,61 +379,57 @@ struct ChainShape {
   static constexpr int kGroups = K / 64;  // of four warps, 64 rows of the state each
   static constexpr int kThreads = 128 * kGroups;
   static constexpr int kStages = 3;
-  static constexpr int kImageBytes = K * kTileRowBytes;                // of keys or S
-  static constexpr int kStageBytes = kImageBytes + kTileBytes + 1024;  // keys, values, D
-  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + 2 * kImageBytes;
+  static constexpr int kStageBytes = K * kTileRowBytes + kTileBytes + 1024;  // keys, values, D
+  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + K * kTileRowBytes;
 };
 
 // A block to a (segment, head, 64 columns of V): S [K, 64] in registers. With kEnds, from zero and
 // without the tiles' states: the segment's own contribution, and its decay.
 template <int K, bool kEnds>
 __global__ void __launch_bounds__(ChainShape<K>::kThreads)
-    ChainKernel(const TensorProblem p, const __grid_constant__ Chains chains) {
+    ChainKernel(const TensorProblem p, const Chains chains) {
   using Shape = ChainShape<K>;
-  constexpr int kStages = Shape::kStages, kImageBytes = Shape::kImageBytes;
-  extern __shared__ __align__(16) char raw_shared[];
-  const uint32_t barriers = SharedAddress(raw_shared);
-  if (barriers % 1024 != 0) __trap();
-  char* const stages = raw_shared + 1024;
-  char* const staging = stages + kStages * Shape::kStageBytes;  // two states
-  const auto full = [&](int stage) { return barriers + 8 * stage; };
-  const int id = threadIdx.x, group = GroupOfWarps();
-  if (id == 0) {
-    for (int i = 0; i < kStages; ++i) InitBarrier(full(i), 1);
-    FenceBarriers();
-  }
-  __syncthreads();
   WaitForPrevious();
   AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int block = blockIdx.x / chains.count;
+  extern __shared__ __align__(16) char raw_shared[];
+  char* const stages = AlignedShared(raw_shared);
+  char* const staging = stages + Shape::kStages * Shape::kStageBytes;
+  const int id = threadIdx.x, group = id / 128;
   const int value_tiles = p.value_dim / 64, value_tile = block % value_tiles;
   const int head = block / value_tiles % p.heads;
   const int segment = block / value_tiles / p.heads;
-  SegmentPlace at;
-  if (!at.Find(p, segment)) return;
-  const int seq = at.seq, first_tile = at.first_tile, num_tiles = at.num_tiles;
-  const int begin = at.begin, end = at.end;
-  const bool is_last = at.is_last;
+  const int seq = FindSequence(p.segment_begin, p.num_seqs, segment);
+  if (seq < 0) return;
+  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
+  const int place = segment - p.segment_begin[seq];
+  const bool is_last = segment + 1 == p.segment_begin[seq + 1];
   if (kEnds && is_last) return;
+  const int each = p.SegmentTiles(num_tiles);
+  const int begin = place * each, end = min(num_tiles, begin + each);
   const int64_t row_begin = p.cu_seqlens[seq];
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
   const int64_t segment_head = int64_t{segment} * p.heads + head;
   const int row = 64 * group + SumRow(0);  // and row + 8
 
   const auto tile_of = [&](int i) { return args.backwards ? num_tiles - 1 - i : i; };
-  const auto tokens_of = [&](int i) { return min(kTileTokens, length - kTileTokens * tile_of(i)); };
-  const auto stage_of = [&](int i) { return stages + (i - begin) % kStages * Shape::kStageBytes; };
-  // By one thread.
   const auto load = [&](int i) {
-    if (i >= end) return;
-    const uint32_t barrier = full((i - begin) % kStages), to = SharedAddress(stage_of(i));
-    const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
-    ArriveExpecting(barrier, kImageBytes + kTileBytes + K * 4);
-    CopyBulk(to, args.keys + index * kImageBytes, kImageBytes, barrier);
-    CopyBox(to + kImageBytes, args.values, barrier, head * p.value_dim + 64 * value_tile,
-            static_cast<int>(row_begin) + kTileTokens * tile_of(i));
-    CopyBulk(to + kImageBytes + kTileBytes, p.decays + index * K, K * 4, barrier);
+    if (i < end) {
+      char* const stage = stages + i % Shape::kStages * Shape::kStageBytes;
+      const int tile = tile_of(i);
+      const int64_t index = int64_t{first_tile + tile} * p.heads + head;
+      CopyLinear<K * kTileRowBytes, Shape::kThreads>(stage, args.keys + index * K * kTileRowBytes,
+                                                     id);
+      const bf16* values = args.values +
+                           (row_begin + int64_t{kTileTokens} * tile) * args.value_stride +
+                           int64_t{head} * p.value_dim + 64 * value_tile;
+      CopyTile<Shape::kThreads>(stage + K * kTileRowBytes, values, args.value_stride,
+                                min(kTileTokens, length - kTileTokens * tile), id);
+      CopyLinear<K * 4, Shape::kThreads>(stage + K * kTileRowBytes + kTileBytes,
+                                         reinterpret_cast<const char*>(p.decays + index * K), id);
+    }
+    CommitCopies();
   };
 
   float s[32] = {};
@@ -415,9 +441,7 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
       initial = args.initial.Of(seq) + int64_t{head} * K * p.value_dim;
     }
   }
-  if (id == 0) {
-    for (int i = 0; i < kStages; ++i) load(begin + i);
-  }
+  for (int i = 0; i < Shape::kStages - 1; ++i) load(begin + i);
   if (initial != nullptr) {
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
@@ -430,56 +454,44 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   float decay_product[2] = {1, 1};
 
   for (int i = begin; i < end; ++i) {
-    char* const stage = stage_of(i);
-    char* const values = stage + kImageBytes;
-    char* const image =
-        staging + (i & 1) * kImageBytes + group * kTileBytes;  // of the group's rows
-    WaitBarrier(full((i - begin) % kStages), (i - begin) / kStages & 1);
-    const int tokens = tokens_of(i);
-    if (tokens < kTileTokens) {  // what follows belongs to others, who may have NaN there
-      for (int j = tokens * kTileRowBytes + id * 16; j < kTileBytes; j += Shape::kThreads * 16) {
-        *reinterpret_cast<uint4*>(values + j) = {0, 0, 0, 0};
+    char* const stage = stages + i % Shape::kStages * Shape::kStageBytes;
+    WaitCopies<Shape::kStages - 2>();
+    FenceShared();
+    __syncthreads();  // also: nobody reads the stage any more that is filled next
+    load(i + Shape::kStages - 1);
+    if constexpr (!kEnds) {
+#pragma unroll
+      for (int j = 0; j < 32; j += 2) {
+        *reinterpret_cast<uint32_t*>(staging +
+                                     TileElement(row + (j & 2 ? 8 : 0), SumColumn(j / 4, 0))) =
+            PackBf16(s[j], s[j + 1]);
       }
     }
-    if (!kEnds && id % 128 == 0) WaitBulkReads<1>();
-    FenceShared();
-    __syncthreads();  // also: nobody reads the tile before any more
-    if (id == 0 && i > begin) load(i - 1 + kStages);
-    if constexpr (!kEnds) {
-      uint32_t pairs[16];
-#pragma unroll
-      for (int j = 0; j < 16; ++j) pairs[j] = PackBf16(s[2 * j], s[2 * j + 1]);
-      StoreSums(image, pairs);
-      FenceShared();
-    }
-    const float* const decays = reinterpret_cast<const float*>(values + kTileBytes);
+    const float* const decays =
+        reinterpret_cast<const float*>(stage + K * kTileRowBytes + kTileBytes);
     const float d[2] = {decays[row], decays[row + 8]};
     if constexpr (kEnds) decay_product[0] *= d[0], decay_product[1] *= d[1];
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      s[j] *= d[j / 2 % 2];
-      asm volatile("" : "+f"(s[j]));  // before the products begin
-    }
+    for (int j = 0; j < 32; ++j) s[j] *= d[j / 2 % 2];
     BeginProducts();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       Wgmma<64, kAlongRows, kAlongRows>(s, TileOperand<kAlongRows>(stage + group * kTileBytes, j),
-                                        TileOperand<kAlongRows>(values, j));
+                                        TileOperand<kAlongRows>(stage + K * kTileRowBytes, j));
     }
     CommitProducts();
     if constexpr (!kEnds) {  // while the products run; a group's 64 rows are its own
       asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-      if (id % 128 == 0) {
-        const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
-        StoreBulk(
-            args.states + (index * value_tiles + value_tile) * kImageBytes + group * kTileBytes,
-            SharedAddress(image), kTileBytes);
+      const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
+      const int64_t image =
+          (index * value_tiles + value_tile) * K * kTileRowBytes + group * kTileBytes;
+      for (int j = id % 128 * 16; j < kTileBytes; j += 128 * 16) {
+        *reinterpret_cast<uint4*>(args.states + image + j) =
+            *reinterpret_cast<const uint4*>(staging + group * kTileBytes + j);
       }
-      __syncwarp();
     }
     WaitProducts<0>();
   }
-  if (!kEnds && id % 128 == 0) WaitBulkReads<0>();
 
   float* out = nullptr;
   if constexpr (kEnds) {
@@ -502,8 +514,7 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
 }
 
 // From the segments' own contributions to their start states, four neighbours to a thread.
-__global__ void __launch_bounds__(256)
-    ScanKernel(const TensorProblem p, const __grid_constant__ Chains chains) {
+__global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const Chains chains) {
   WaitForPrevious();
   AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];

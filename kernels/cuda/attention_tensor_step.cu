@@ -21,6 +21,8 @@
 // of the same rounded terms. What a state is made of (h value in bfloat16) is what X and Y take
 // beside it; and where a state is rounded to be an operand, what it loses is multiplied out for the
 // tile's sum (`lost`).
+#include <algorithm>
+
 #include "kernels/cuda/attention_tensor.cuh"
 #include "kernels/cuda/attention_tensor_entry.h"
 #include "kernels/cuda/tensor_map.h"
@@ -98,6 +100,21 @@ __device__ inline uint4 ScaledBy(uint4 piece, float factor) {
   return Scaled(piece, factors);
 }
 
+// 64 x 64 sums of a group of warps, in bfloat16 pairs 2 j + half (row SumRow(2 half), columns
+// SumColumn(j, 0)), to a tile.
+__device__ inline void StoreSums(char* tile, const uint32_t (&pairs)[16]) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  const uint32_t address = SharedAddress(tile) + row * kTileRowBytes;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address + ((j + lane / 16) ^ (row & 7)) * 16),
+                 "r"(pairs[2 * j]), "r"(pairs[2 * j + 1]), "r"(pairs[2 * j + 2]),
+                 "r"(pairs[2 * j + 3])
+                 : "memory");
+  }
+}
+
 // A block to a (job, segment or sequence, head, 64 columns of S).
 template <int kChunks, StepWalk kWalk>
 __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
@@ -118,9 +135,8 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   const auto full = [&](int stage, int c) { return header + 8 * (stage * kChunks + c); };
   const auto moved = [&](int stage, int c) { return header + 128 + 8 * (stage * kChunks + c); };
   const auto values_full = [&](int zone) { return header + 256 + 8 * zone; };
-  const uint32_t state_read = header + 288, tile_read = header + 296;
-  // Of threads, by number: 1 and 2 + group are groups' own.
-  const auto state_full = [](int i) { return 6 + i % 2; };  // a reader may begin
+  const auto state_full = [&](int i) { return header + 288 + 8 * (i % 2); };  // a reader may begin
+  const uint32_t state_read = header + 304, tile_read = header + 312;
   static_assert(8 * kStages * kChunks <= 128 && 8 * Shape::kRawZones <= 32);
   float* const gates = reinterpret_cast<float*>(raw_shared + 1024);  // G, by zone
   char* const zones = raw_shared + Shape::kHeaderBytes;
@@ -133,6 +149,8 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       InitBarrier(moved(0, i), 4);
     }
     for (int i = 0; i < Shape::kRawZones; ++i) InitBarrier(values_full(i), 1);
+    InitBarrier(state_full(0), 1);
+    InitBarrier(state_full(1), 1);
     InitBarrier(state_read, 4);
     InitBarrier(tile_read, 4);
     FenceBarriers();
@@ -143,12 +161,15 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
 
   const int parts = job.columns / 64, block = blockIdx.x / w.num_jobs;
   const int part = block % parts, head = block / parts % p.heads, item = block / parts / p.heads;
-  SegmentPlace at;
-  if (!at.Find(p, item)) return;
-  const int seq = at.seq, first_tile = at.first_tile, num_tiles = at.num_tiles, begin = at.begin;
-  const bool is_last = at.is_last;
+  const int seq = p.is_segmented ? FindSequence(p.segment_begin, p.num_seqs, item) : item;
+  if (seq < 0) return;
+  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
+  const int each = p.SegmentTiles(num_tiles);
+  const int begin = p.is_segmented ? (item - p.segment_begin[seq]) * each : 0;
+  const int end = p.is_segmented ? min(num_tiles, begin + each) : num_tiles;
+  const bool is_last = end == num_tiles;
   if (kEnds && is_last) return;
-  const int count = at.end - begin;
+  const int count = end - begin;
   const int row_begin = p.cu_seqlens[seq], length = p.cu_seqlens[seq + 1] - row_begin;
   const bool backwards = job.backwards;
   const float scale = p.scale;
@@ -209,11 +230,9 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         for (int c = 0; c < kChunks; ++c) copy_chunk(i, c);
       }
     }
-    __syncwarp();
     if constexpr (kEnds) {
       for (int i = 0; i + kStages < count && id == kHolderThreads; ++i) {
         for (int c = 0; c < kChunks; ++c) copy_again(i, c);
-        FenceShared();
         if (i + Shape::kRawZones < count) copy_values(i + Shape::kRawZones);
       }
     } else {
@@ -227,7 +246,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
             SharedAddress(value + kTileBytes) + TilePiece(SumRow(0), 0) + lane % 4 * 4;
         // so that what is added to them is not kept in registers from tile to tile
         asm volatile("" : "+l"(query), "+l"(rows_of_state), "+r"(partner));
-        asm volatile("bar.sync %0, %1;" ::"r"(state_full(i)), "n"(kHolderThreads + 128) : "memory");
+        WaitBarrier(state_full(i), i / 2 & 1);
         float scores[32], out[32];
 #pragma unroll
         for (int n = 0; n < 32; ++n) {
@@ -257,7 +276,6 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
           }
         }
         WaitProducts<0>();
-        __syncwarp();
         if (lane == 0) Arrive(state_read);
         const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); };
         if (is_copier) {
@@ -349,7 +367,6 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
                            int64_t{head} * job.columns + 64 * part,
                        stride, value, tokens, id % 128);
         if constexpr (Shape::kIsTight) {
-          __syncwarp();
           if (lane == 0) Arrive(tile_read);
         } else {
           FenceShared();
@@ -444,11 +461,8 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       }
     }
     FenceShared();
-    if constexpr (!kEnds) {
-      __syncwarp();
-      asm volatile("bar.arrive %0, %1;" ::"r"(state_full(i)), "n"(kHolderThreads + 128) : "memory");
-    }
     meet();
+    if (!kEnds && id == 0) Arrive(state_full(i));
 
     const float decay = Exp2(g[kTileTokens - 1]);
     decay_product *= decay;
@@ -496,7 +510,6 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       }
       CommitProducts();
       WaitProducts<0>();
-      __syncwarp();
       if (lane == 0) Arrive(moved(i % kStages, group * kPerGroup + j));
     }
     if constexpr (kProducts) {
@@ -721,7 +734,8 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
   TensorProblem& p = w.p;
   PlaceStepWorkspace(w, wants_gate, static_cast<char*>(a.workspace));
   const auto map_of = [&](const void* data, int dim) {
-    return TilesOf(data, p.num_rows, p.heads, dim);
+    const uint64_t columns = uint64_t{1} * p.heads * dim, rows = std::max(1, p.num_rows);
+    return MapOf(data, {columns, rows}, {columns}, {kTileColumns, kTileTokens});
   };
   w.maps[kQueries] = map_of(p.q, p.key_dim);
   w.maps[kKeys] = map_of(p.k, p.key_dim);
