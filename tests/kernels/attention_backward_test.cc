@@ -338,40 +338,26 @@ TEST(LinearAttentionBackward, EqualsArithmeticAtTheSizesOfTensorCores) {
       if (c.d_o || c.d_final_state) Check(c, {70, 0, 1});
     }
   }
+  struct Size {
+    int heads, key_dim, value_dim;
+    std::vector<int> lengths;
+  };
+  const Size sizes[] = {{1, 64, 128, {2200}},
+                        {2, 64, 64, kLengths},
+                        {1, 128, 64, kFew},
+                        {1, 256, 192, {65, 0, 1, 130}}};
   for (Gates gates : {Gates::kZero, Gates::kStrong, Gates::kErasing, Gates::kLongMemory}) {
     for (GateKind kind : {GateKind::kScalar, GateKind::kPerKey}) {
-      Check({.H = 1,
-             .G = 1,
-             .K = 64,
-             .V = 128,
-             .kind = kind,
-             .gates = gates,
-             .dtype = DType::kBFloat16},
-            {2200});
-      Check({.H = 2,
-             .G = 2,
-             .K = 64,
-             .V = 64,
-             .kind = kind,
-             .gates = gates,
-             .dtype = DType::kBFloat16},
-            kLengths);
-      Check({.H = 1,
-             .G = 1,
-             .K = 128,
-             .V = 64,
-             .kind = kind,
-             .gates = gates,
-             .dtype = DType::kBFloat16},
-            kFew);
-      Check({.H = 1,
-             .G = 1,
-             .K = 256,
-             .V = 192,
-             .kind = kind,
-             .gates = gates,
-             .dtype = DType::kBFloat16},
-            {65, 0, 1, 130});
+      for (const Size& size : sizes) {
+        Check({.H = size.heads,
+               .G = size.heads,
+               .K = size.key_dim,
+               .V = size.value_dim,
+               .kind = kind,
+               .gates = gates,
+               .dtype = DType::kBFloat16},
+              size.lengths);
+      }
     }
   }
 }
