@@ -49,7 +49,10 @@ if [[ -x $SANITIZER ]]; then
     sanitize initcheck "$name" "build/release/bin/$name"
   done
   sanitize racecheck attention_backward_test_cuda build/release/bin/attention_backward_test_cuda \
-    '--gtest_filter=*SizesOfTensorCores*'
+    '--gtest_filter=*NaN*:*SizesOfTensorCores*'
+  # FiniteDifferences and CheckAttention launch what the others launch, or nothing.
+  sanitize racecheck attention_op_test_cuda build/release/bin/attention_op_test_cuda \
+    '--gtest_filter=Attention.*:*EveryCombination*'
 else
   echo "  compute-sanitizer: not found, no sanitizer run"
 fi

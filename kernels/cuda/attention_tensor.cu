@@ -1,6 +1,5 @@
 // Prepare and Chain of attention_tensor.cuh.
 #include <algorithm>
-#include <type_traits>
 
 #include "kernels/cuda/attention_tensor.cuh"
 
@@ -75,39 +74,15 @@ struct KeyPrepareShared {
   static_assert(2 * sizeof(bf16[kTileTokens][kPitch]) >= sizeof(float[kTileTokens][K]));
 };
 
-// Log2 decays of two neighbouring keys, summed along 16 tokens of which `tokens` are there.
-template <typename T>
-__device__ void SumGatePairs(const T* from, int64_t stride, int tokens, float2 (&sums)[16]) {
-  using Pair = std::conditional_t<sizeof(T) == 4, float2, uint32_t>;
-  Pair pairs[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    pairs[i] = Pair{};
-    if (i < tokens) pairs[i] = *reinterpret_cast<const Pair*>(from);
-    from += stride;
-  }
-  float2 sum = {0, 0};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    float2 g;
-    if constexpr (sizeof(T) == 4) {
-      g = pairs[i];
-    } else {
-      g = UnpackBf16(pairs[i]);
-    }
-    sum.x += BoundedGate(g.x), sum.y += BoundedGate(g.y);
-    sums[i] = sum;
-  }
-}
-
 template <int K>
 __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
     PrepareKeyKernel(const TensorProblem p) {
-  extern __shared__ __align__(16) char raw_shared[];
+  extern __shared__ __align__(1024) char raw_shared[];
   using Shared = KeyPrepareShared<K>;
   auto& shared = *reinterpret_cast<Shared*>(raw_shared);
   WaitForPrevious();
   AllowNext();
+  if (K == 256) Stagger(kMultiprocessors, 4000);
   TilePlace at;
   if (!at.Find(p, blockIdx.x)) return;
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
@@ -127,12 +102,7 @@ __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
     from_q += p.q_stride, from_k += p.k_stride;
   }
   float2 sums[16];  // L
-  const int64_t from = row0 * p.gate_stride + column;
-  if (p.gate_dtype == DType::kFloat32) {
-    SumGatePairs(static_cast<const float*>(p.gate) + from, p.gate_stride, tokens, sums);
-  } else {
-    SumGatePairs(static_cast<const bf16*>(p.gate) + from, p.gate_stride, tokens, sums);
-  }
+  SumGatePairs(p, row0 * p.gate_stride + column, tokens, sums);
   const float2 first = sums[0], last = sums[15];
   *reinterpret_cast<float2*>(&shared.first[own][c]) = first;
   *reinterpret_cast<float2*>(&shared.last[own][c]) = last;
@@ -304,7 +274,7 @@ constexpr size_t StepPrepareBytes() {
 // One decay per step: A = scale (q k^T) 2^(G_t - G_s), by one product.
 template <int K>
 __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const TensorProblem p) {
-  extern __shared__ __align__(16) char raw_shared[];
+  extern __shared__ __align__(1024) char raw_shared[];
   constexpr int kTiles = K / 64;
   char* const q = AlignedShared(raw_shared);
   char* const k = q + kTiles * kTileBytes;
@@ -358,12 +328,10 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
   for (int i = id; i < kTiles * kTileTokens * 8; i += kPrepareThreads) {
     const float g = sums[i / 8 % kTileTokens];
     const float fq = p.scale * Exp2(g), fk = Exp2(sums[kTileTokens - 1] - g);
-    const float all_q[8] = {fq, fq, fq, fq, fq, fq, fq, fq};
-    const float all_k[8] = {fk, fk, fk, fk, fk, fk, fk, fk};
     *reinterpret_cast<uint4*>(p.queries + image + i * 16) =
-        Scaled(*reinterpret_cast<const uint4*>(q + i * 16), all_q);
+        Scaled(*reinterpret_cast<const uint4*>(q + i * 16), fq);
     *reinterpret_cast<uint4*>(p.keys + image + i * 16) =
-        Scaled(*reinterpret_cast<const uint4*>(k + i * 16), all_k);
+        Scaled(*reinterpret_cast<const uint4*>(k + i * 16), fk);
   }
   __syncthreads();
   for (int i = id * 16; i < kTileBytes; i += kPrepareThreads * 16) {
@@ -374,127 +342,226 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
 
 // ---- Chain --------------------------------------------------------------------------------------
 
-template <int K>
+enum class ChainOut {
+  kStates,    // before every tile, and the last one
+  kEnds,      // of segments from zero, and their decays
+  kStepEnds,  // the same of keys as they are and one decay per step
+};
+
+// kWide: tiles of 64 columns to a block. Two read the keys half as often.
+template <int K, ChainOut kOut, int kWide>
 struct ChainShape {
   static constexpr int kGroups = K / 64;  // of four warps, 64 rows of the state each
   static constexpr int kThreads = 128 * kGroups;
-  static constexpr int kStages = 3;
-  static constexpr int kStageBytes = K * kTileRowBytes + kTileBytes + 1024;  // keys, values, D
-  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + K * kTileRowBytes;
+  static constexpr bool kHasStates = kOut == ChainOut::kStates;
+  static constexpr int kStages = kHasStates && kWide * K > 256 ? 2 : 3;
+  static constexpr int kImageBytes = K * kTileRowBytes;                        // of keys or S
+  static constexpr int kStageBytes = kImageBytes + kWide * kTileBytes + 1024;  // D or G at the end
+  static constexpr int kStagedBytes = kHasStates ? kWide * kImageBytes : 0;    // a state
+  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + 2 * kStagedBytes;
 };
 
-// A block to a (segment, head, 64 columns of V): S [K, 64] in registers. With kEnds, from zero and
-// without the tiles' states: the segment's own contribution, and its decay.
-template <int K, bool kEnds>
-__global__ void __launch_bounds__(ChainShape<K>::kThreads)
-    ChainKernel(const TensorProblem p, const Chains chains) {
-  using Shape = ChainShape<K>;
+// A block to a (segment or sequence, head, 64 kWide columns of V): S in registers.
+template <int K, ChainOut kOut, int kWide>
+__global__ void __launch_bounds__(ChainShape<K, kOut, kWide>::kThreads)
+    ChainKernel(const TensorProblem p, const __grid_constant__ Chains chains) {
+  using Shape = ChainShape<K, kOut, kWide>;
+  constexpr int kStages = Shape::kStages, kImageBytes = Shape::kImageBytes;
+  constexpr bool kHasStates = Shape::kHasStates, kIsStep = kOut == ChainOut::kStepEnds;
+  constexpr int kDecayBytes = kIsStep ? kTileTokens * 4 : K * 4;
+  extern __shared__ __align__(1024) char raw_shared[];
+  const uint32_t barriers = SharedAddress(raw_shared);
+  if (barriers % 1024 != 0) __trap();
+  char* const stages = raw_shared + 1024;
+  char* const staging = stages + kStages * Shape::kStageBytes;  // two states
+  const auto full = [&](int stage) { return barriers + 8 * stage; };
+  const int id = threadIdx.x, group = GroupOfWarps();
+  if (id == 0) {
+    for (int i = 0; i < kStages; ++i) InitBarrier(full(i), 1);
+    FenceBarriers();
+  }
+  __syncthreads();
   WaitForPrevious();
   AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
   const int block = blockIdx.x / chains.count;
-  extern __shared__ __align__(16) char raw_shared[];
-  char* const stages = AlignedShared(raw_shared);
-  char* const staging = stages + Shape::kStages * Shape::kStageBytes;
-  const int id = threadIdx.x, group = id / 128;
-  const int value_tiles = p.value_dim / 64, value_tile = block % value_tiles;
-  const int head = block / value_tiles % p.heads;
-  const int segment = block / value_tiles / p.heads;
-  const int seq = FindSequence(p.segment_begin, p.num_seqs, segment);
-  if (seq < 0) return;
-  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
-  const int place = segment - p.segment_begin[seq];
-  const bool is_last = segment + 1 == p.segment_begin[seq + 1];
-  if (kEnds && is_last) return;
-  const int each = p.SegmentTiles(num_tiles);
-  const int begin = place * each, end = min(num_tiles, begin + each);
+  const int value_tiles = p.value_dim / 64, parts = value_tiles / kWide;
+  const int value_tile = block % parts * kWide;
+  const int head = block / parts % p.heads;
+  const int segment = block / parts / p.heads;
+  SegmentPlace at;
+  if (!at.Find(p, segment)) return;
+  const int seq = at.seq, first_tile = at.first_tile, num_tiles = at.num_tiles;
+  const int begin = at.begin, end = at.end;
+  const bool is_last = at.is_last;
+  if (!kHasStates && is_last) return;
   const int64_t row_begin = p.cu_seqlens[seq];
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
   const int64_t segment_head = int64_t{segment} * p.heads + head;
   const int row = 64 * group + SumRow(0);  // and row + 8
 
   const auto tile_of = [&](int i) { return args.backwards ? num_tiles - 1 - i : i; };
+  const auto tokens_of = [&](int i) { return min(kTileTokens, length - kTileTokens * tile_of(i)); };
+  const auto stage_of = [&](int i) { return stages + (i - begin) % kStages * Shape::kStageBytes; };
+  // By one thread.
   const auto load = [&](int i) {
-    if (i < end) {
-      char* const stage = stages + i % Shape::kStages * Shape::kStageBytes;
-      const int tile = tile_of(i);
-      const int64_t index = int64_t{first_tile + tile} * p.heads + head;
-      CopyLinear<K * kTileRowBytes, Shape::kThreads>(stage, args.keys + index * K * kTileRowBytes,
-                                                     id);
-      const bf16* values = args.values +
-                           (row_begin + int64_t{kTileTokens} * tile) * args.value_stride +
-                           int64_t{head} * p.value_dim + 64 * value_tile;
-      CopyTile<Shape::kThreads>(stage + K * kTileRowBytes, values, args.value_stride,
-                                min(kTileTokens, length - kTileTokens * tile), id);
-      CopyLinear<K * 4, Shape::kThreads>(stage + K * kTileRowBytes + kTileBytes,
-                                         reinterpret_cast<const char*>(p.decays + index * K), id);
+    if (i >= end) return;
+    const uint32_t barrier = full((i - begin) % kStages), to = SharedAddress(stage_of(i));
+    const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
+    const int first_row = static_cast<int>(row_begin) + kTileTokens * tile_of(i);
+    ArriveExpecting(barrier, kImageBytes + kWide * kTileBytes + kDecayBytes);
+    if constexpr (kIsStep) {
+      for (int c = 0; c < K / 64; ++c) {
+        CopyBox(to + c * kTileBytes, args.raw_keys, barrier, head * K + 64 * c, first_row);
+      }
+    } else {
+      CopyBulk(to, args.keys + index * kImageBytes, kImageBytes, barrier);
     }
-    CommitCopies();
+    for (int w = 0; w < kWide; ++w) {
+      CopyBox(to + kImageBytes + w * kTileBytes, args.values, barrier,
+              head * p.value_dim + 64 * (value_tile + w), first_row);
+    }
+    CopyBulk(to + kImageBytes + kWide * kTileBytes,
+             kIsStep ? chains.gates + index * kTileTokens : p.decays + index * K, kDecayBytes,
+             barrier);
+  };
+  // Waits for a tile and makes operands of it.
+  const auto make_ready = [&](int i) {
+    char* const values = stage_of(i) + kImageBytes;
+    const int tokens = tokens_of(i);
+    WaitBarrier(full((i - begin) % kStages), (i - begin) / kStages & 1);
+    if (kIsStep && id < kTileTokens) {
+      float* const g = reinterpret_cast<float*>(values + kWide * kTileBytes);
+      g[kTileTokens + id] =
+          args.backwards ? p.scale * Exp2(g[id]) : Exp2(g[kTileTokens - 1] - g[id]);
+    }
+    if (tokens < kTileTokens) {  // what follows belongs to others, who may have NaN there
+      const auto clear = [&](char* tile) {
+        for (int j = tokens * kTileRowBytes + id * 16; j < kTileBytes; j += Shape::kThreads * 16) {
+          *reinterpret_cast<uint4*>(tile + j) = {0, 0, 0, 0};
+        }
+      };
+#pragma unroll 1
+      for (int w = 0; w < kWide; ++w) clear(values + w * kTileBytes);
+#pragma unroll 1
+      for (int c = 0; c < (kIsStep ? K / 64 : 0); ++c) clear(stage_of(i) + c * kTileBytes);
+    }
   };
 
-  float s[32] = {};
+  constexpr int kSums = 32 * kWide;
+  float s[kSums] = {};
+  // where element pair i of a thread stands in a state of [K, V]
+  const auto place = [&](int i) {
+    return int64_t{row + (i & 2 ? 8 : 0)} * p.value_dim + 64 * value_tile + SumColumn(i / 4, 0);
+  };
   const float* initial = nullptr;
-  if constexpr (!kEnds) {
+  if constexpr (kHasStates) {
     if (p.is_segmented) {
       initial = p.starts[args.backwards] + segment_head * K * p.value_dim;
     } else if (args.initial.Of(seq) != nullptr) {
       initial = args.initial.Of(seq) + int64_t{head} * K * p.value_dim;
     }
   }
-  for (int i = 0; i < Shape::kStages - 1; ++i) load(begin + i);
+  if (id == 0) {
+    for (int i = 0; i < kStages; ++i) load(begin + i);
+  }
+  __syncwarp();
   if (initial != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const float2 pair =
-          *reinterpret_cast<const float2*>(initial + int64_t{row + (i & 2 ? 8 : 0)} * p.value_dim +
-                                           64 * value_tile + SumColumn(i / 4, 0));
+    for (int i = 0; i < kSums; i += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(initial + place(i));
       s[i] = pair.x, s[i + 1] = pair.y;
     }
   }
   float decay_product[2] = {1, 1};
 
+  if (begin < end) make_ready(begin);
   for (int i = begin; i < end; ++i) {
-    char* const stage = stages + i % Shape::kStages * Shape::kStageBytes;
-    WaitCopies<Shape::kStages - 2>();
+    const char* const keys = stage_of(i) + group * kTileBytes;
+    const char* const values = stage_of(i) + kImageBytes;
+    // of the group's rows; 64 columns further is the next image
+    char* const image = staging + (i & 1) * Shape::kStagedBytes + group * kTileBytes;
+    if (kHasStates && id % 128 == 0) WaitBulkReads<kWide>();
     FenceShared();
-    __syncthreads();  // also: nobody reads the stage any more that is filled next
-    load(i + Shape::kStages - 1);
-    if constexpr (!kEnds) {
+    __syncthreads();  // also: nobody reads the tile before any more
+    if (id == 0 && i > begin) load(i - 1 + kStages);
+    __syncwarp();
+    if constexpr (kHasStates) {
 #pragma unroll
-      for (int j = 0; j < 32; j += 2) {
-        *reinterpret_cast<uint32_t*>(staging +
-                                     TileElement(row + (j & 2 ? 8 : 0), SumColumn(j / 4, 0))) =
-            PackBf16(s[j], s[j + 1]);
+      for (int w = 0; w < kWide; ++w) {
+        uint32_t pairs[16];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+          pairs[j] = PackBf16(s[32 * w + 2 * j], s[32 * w + 2 * j + 1]);
+        }
+        StoreSums(image + w * kImageBytes, pairs);
       }
+      FenceShared();
     }
-    const float* const decays =
-        reinterpret_cast<const float*>(stage + K * kTileRowBytes + kTileBytes);
-    const float d[2] = {decays[row], decays[row + 8]};
-    if constexpr (kEnds) decay_product[0] *= d[0], decay_product[1] *= d[1];
+    const float* const decays = reinterpret_cast<const float*>(values + kWide * kTileBytes);
+    float d[2];
+    if constexpr (kIsStep) {
+      d[0] = d[1] = Exp2(decays[kTileTokens - 1]);
+    } else {
+      d[0] = decays[row], d[1] = decays[row + 8];
+    }
+    if constexpr (!kHasStates) decay_product[0] *= d[0], decay_product[1] *= d[1];
 #pragma unroll
-    for (int j = 0; j < 32; ++j) s[j] *= d[j / 2 % 2];
-    BeginProducts();
+    for (int j = 0; j < kSums; ++j) {
+      s[j] *= d[j / 2 % 2];
+      asm volatile("" : "+f"(s[j]));  // before the products begin
+    }
+    if constexpr (kIsStep) {  // keys through registers, where a token's factor meets them
+      const int lane = id % 32, warp = id % 128 / 32;
+      uint32_t a[4][4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      Wgmma<64, kAlongRows, kAlongRows>(s, TileOperand<kAlongRows>(stage + group * kTileBytes, j),
-                                        TileOperand<kAlongRows>(stage + K * kTileRowBytes, j));
+      for (int j = 0; j < 4; ++j) {
+        uint32_t raw[4];
+        LoadTransposed(
+            SharedAddress(keys) + TileElement(16 * j + lane % 16, 16 * warp + lane / 16 * 8), raw);
+        const float* const at = decays + kTileTokens + 16 * j + lane % 4 * 2;
+        const float2 first = *reinterpret_cast<const float2*>(at);
+        const float2 second = *reinterpret_cast<const float2*>(at + 8);
+        a[j][0] = PackBf16(Product(UnpackBf16(raw[0]), first));
+        a[j][1] = PackBf16(Product(UnpackBf16(raw[2]), first));
+        a[j][2] = PackBf16(Product(UnpackBf16(raw[1]), second));
+        a[j][3] = PackBf16(Product(UnpackBf16(raw[3]), second));
+        BeginProducts();
+#pragma unroll
+        for (int w = 0; w < kWide; ++w) {
+          WgmmaFromRegisters<kAlongRows>(reinterpret_cast<float(&)[32]>(s[32 * w]), a[j],
+                                         TileOperand<kAlongRows>(values + w * kTileBytes, j));
+        }
+      }
+    } else {
+      BeginProducts();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        Wgmma<64 * kWide, kAlongRows, kAlongRows>(s, TileOperand<kAlongRows>(keys, j),
+                                                  TileOperand<kAlongRows>(values, j, kTileBytes));
+      }
     }
     CommitProducts();
-    if constexpr (!kEnds) {  // while the products run; a group's 64 rows are its own
+    // While the products run:
+    if constexpr (kHasStates) {  // a group's 64 rows are its own
       asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-      const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
-      const int64_t image =
-          (index * value_tiles + value_tile) * K * kTileRowBytes + group * kTileBytes;
-      for (int j = id % 128 * 16; j < kTileBytes; j += 128 * 16) {
-        *reinterpret_cast<uint4*>(args.states + image + j) =
-            *reinterpret_cast<const uint4*>(staging + group * kTileBytes + j);
+      if (id % 128 == 0) {
+        const int64_t index = int64_t{first_tile + tile_of(i)} * p.heads + head;
+        char* const to =
+            args.states + (index * value_tiles + value_tile) * kImageBytes + group * kTileBytes;
+        for (int w = 0; w < kWide; ++w) {
+          StoreBulk(to + w * kImageBytes, SharedAddress(image + w * kImageBytes), kTileBytes);
+        }
       }
+      __syncwarp();
     }
+    if (i + 1 < end) make_ready(i + 1);
     WaitProducts<0>();
   }
+  if (kHasStates && id % 128 == 0) WaitBulkReads<0>();
 
   float* out = nullptr;
-  if constexpr (kEnds) {
+  if constexpr (!kHasStates) {
     out = p.starts[args.backwards] + segment_head * K * p.value_dim;
     if (value_tile == 0 && id % 4 == 0) {
       float* const decays = p.segment_decays[args.backwards] + segment_head * K + row;
@@ -506,15 +573,15 @@ __global__ void __launch_bounds__(ChainShape<K>::kThreads)
   }
   if (out != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      *reinterpret_cast<float2*>(out + int64_t{row + (i & 2 ? 8 : 0)} * p.value_dim +
-                                 64 * value_tile + SumColumn(i / 4, 0)) = {s[i], s[i + 1]};
+    for (int i = 0; i < kSums; i += 2) {
+      *reinterpret_cast<float2*>(out + place(i)) = {s[i], s[i + 1]};
     }
   }
 }
 
 // From the segments' own contributions to their start states, four neighbours to a thread.
-__global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const Chains chains) {
+__global__ void __launch_bounds__(256)
+    ScanKernel(const TensorProblem p, const __grid_constant__ Chains chains) {
   WaitForPrevious();
   AllowNext();
   const ChainArgs& args = chains.of[blockIdx.x % chains.count];
@@ -552,15 +619,27 @@ __global__ void __launch_bounds__(256) ScanKernel(const TensorProblem p, const C
   }
 }
 
-template <int K, bool kEnds>
+template <int K, ChainOut kOut, int kWide>
+void LaunchChain(Device& device, const TensorProblem& p, const Chains& chains, int64_t blocks) {
+  using Shape = ChainShape<K, kOut, kWide>;
+  LaunchOverlapped(
+      device, ChainKernel<K, kOut, kWide>,
+      {.blocks = GridOf(blocks), .threads = Shape::kThreads, .shared_bytes = Shape::kBytes}, p,
+      chains);
+}
+
+// Wide where such blocks come near to filling the device: 96 of them.
+template <ChainOut kOut>
 void LaunchChain(Device& device, const TensorProblem& p, const Chains& chains) {
-  using Shape = ChainShape<K>;
   const int64_t segments = p.is_segmented ? p.max_segments : p.num_seqs;
-  LaunchOverlapped(device, ChainKernel<K, kEnds>,
-                   {.blocks = GridOf(segments * p.heads * (p.value_dim / 64) * chains.count),
-                    .threads = Shape::kThreads,
-                    .shared_bytes = Shape::kBytes},
-                   p, chains);
+  const int64_t blocks = segments * p.heads * (p.value_dim / 64) * chains.count;
+  const bool is_wide = p.value_dim % 128 == 0 && blocks >= 192;
+  WithKeyDim(p.key_dim, [&]<int K>() {
+    if constexpr (K > 64) {
+      if (is_wide) return LaunchChain<K, kOut, 2>(device, p, chains, blocks / 2);
+    }
+    LaunchChain<K, kOut, 1>(device, p, chains, blocks);
+  });
 }
 
 }  // namespace
@@ -616,13 +695,16 @@ void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains) 
 }
 
 void Chain(Device& device, const TensorProblem& p, const Chains& chains) {
-  WithKeyDim(p.key_dim, [&]<int K>() {
-    if (p.is_segmented) {
-      LaunchChain<K, true>(device, p, chains);
-      ScanSegments(device, p, chains);
-    }
-    LaunchChain<K, false>(device, p, chains);
-  });
+  if (p.is_segmented) {
+    LaunchChain<ChainOut::kEnds>(device, p, chains);
+    ScanSegments(device, p, chains);
+  }
+  LaunchChain<ChainOut::kStates>(device, p, chains);
+}
+
+void StepStarts(Device& device, const TensorProblem& p, const Chains& chains) {
+  LaunchChain<ChainOut::kStepEnds>(device, p, chains);
+  ScanSegments(device, p, chains);
 }
 
 }  // namespace gla

@@ -15,6 +15,8 @@
 // Workspace holds tiles (tensor.cuh) as images: what a consumer copies to shared memory as it is.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor.cuh"
@@ -22,11 +24,9 @@
 
 namespace gla {
 
+constexpr int kMultiprocessors = 132;
 constexpr int kTileTokens = 64;
-constexpr int kSegmentTiles = 32;  // of a segment, where no goal is set
-// With a goal: the shortest segment, and sequences that are not worth cutting.
-constexpr int kLeastSegmentTiles = 4;
-constexpr int kUncutTiles = 8;
+constexpr int kUncutTiles = 8;  // of a sequence that is not worth cutting
 constexpr int kTileBytes = kTileTokens * kTileRowBytes;
 constexpr float kLog2E = 1.4426950408889634f;
 // A decay below 2^-151 is 0 in float32; sums of gates keep their precision with this bound.
@@ -60,8 +60,8 @@ struct TensorProblem {
   int num_seqs, num_rows, max_len;
   int heads, key_dim, value_dim;
   float scale;
-  // A long sequence is cut into about so many segments; 0: into segments of kSegmentTiles.
-  int segment_goal;
+  // A long sequence is cut into so many segments, or fewer of `least_segment_tiles`.
+  int segment_goal, least_segment_tiles;
   // Whether the chains run segment by segment, from start states that were found before; otherwise
   // sequence by sequence.
   bool is_segmented;
@@ -82,10 +82,9 @@ struct TensorProblem {
   __host__ __device__ int64_t max_tiles() const { return num_rows / kTileTokens + num_seqs; }
   // Tiles of each segment of a sequence of `tiles` but the last.
   __host__ __device__ int SegmentTiles(int tiles) const {
-    if (segment_goal == 0) return kSegmentTiles;
     if (tiles <= kUncutTiles) return kUncutTiles;
     const int each = CeilDiv(tiles, segment_goal);
-    return each < kLeastSegmentTiles ? kLeastSegmentTiles : each;
+    return each < least_segment_tiles ? least_segment_tiles : each;
   }
   __device__ float Gate(int64_t index) const {
     if (gate_dtype == DType::kFloat32) return static_cast<const float*>(gate)[index];
@@ -127,24 +126,26 @@ struct TilePlace {
   }
 };
 
-// A tile's q and k, absent tokens zero; not waited for.
-template <int K, int kThreads>
-__device__ void LoadQueriesAndKeys(const TensorProblem& p, const TilePlace& at, bf16 (*q)[K + 8],
-                                   bf16 (*k)[K + 8]) {
-  constexpr int kPieces = K / 8, kRows = kThreads / kPieces;
-  const int row = threadIdx.x / kPieces, c = threadIdx.x % kPieces * 8;
-  const bf16* const from_q = p.q + at.row0 * p.q_stride + int64_t{at.head} * K + c;
-  const bf16* const from_k = p.k + at.row0 * p.k_stride + int64_t{at.head} * K + c;
-  const uint32_t to_q = SharedAddress(&q[row][c]), to_k = SharedAddress(&k[row][c]);
-#pragma unroll
-  for (int i = 0; i < kTileTokens / kRows; ++i) {
-    const bool valid = row + i * kRows < at.tokens;
-    const int64_t t = valid ? row + i * kRows : 0;
-    CopyAsync(to_q + i * kRows * (K + 8) * 2, from_q + t * p.q_stride, valid);
-    CopyAsync(to_k + i * kRows * (K + 8) * 2, from_k + t * p.k_stride, valid);
+// The tiles [begin, end) of a sequence that a walk's block has: of segment `item`, or where the
+// problem is not segmented, all of sequence `item`.
+struct SegmentPlace {
+  int seq, first_tile, num_tiles;  // of the sequence
+  int each;                        // tiles of its segments
+  int begin, end;                  // counted from first_tile
+  bool is_last;                    // of its segments
+
+  // False for items beyond the last one.
+  __device__ bool Find(const TensorProblem& p, int item) {
+    seq = p.is_segmented ? FindSequence(p.segment_begin, p.num_seqs, item) : item;
+    if (seq < 0) return false;
+    first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
+    each = p.SegmentTiles(num_tiles);
+    begin = p.is_segmented ? (item - p.segment_begin[seq]) * each : 0;
+    end = p.is_segmented ? min(num_tiles, begin + each) : num_tiles;
+    is_last = end == num_tiles;
+    return true;
   }
-  CommitCopies();
-}
+};
 
 // ---- Cumulative gates of a tile -----------------------------------------------------------------
 
@@ -153,64 +154,39 @@ __device__ inline float BoundedGate(float gate) {
   return g < kSmallestGate ? kSmallestGate : g;  // NaN stays
 }
 
-// Log2 decays of a tile to sums[t * pitch + c], all loads under way at once. Absent tokens do not
-// decay. REQUIRES: the gates' rows are 16-byte aligned.
-template <int K, int kThreads, typename T>
-__device__ void LoadKeyGates(const TensorProblem& p, const TilePlace& at, float* sums, int pitch) {
-  constexpr int kEach = 16 / sizeof(T), kPieces = K / kEach;  // of a row
-  constexpr int kRows = kThreads / kPieces, kItems = kTileTokens / kRows;
-  const int row = threadIdx.x / kPieces, c = threadIdx.x % kPieces * kEach;
-  const T* const from =
-      static_cast<const T*>(p.gate) + (at.row0 + row) * p.gate_stride + int64_t{at.head} * K + c;
-  uint4 pieces[kItems];
+// Per key: log2 decays of two neighbouring keys, summed along 16 tokens of which `tokens` are
+// there.
+template <typename T>
+__device__ void SumGatePairs(const T* from, int64_t stride, int tokens, float2 (&sums)[16]) {
+  using Pair = std::conditional_t<sizeof(T) == 4, float2, uint32_t>;
+  Pair pairs[16];
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    pieces[i] = {0, 0, 0, 0};
-    if (row + i * kRows < at.tokens) {
-      pieces[i] = *reinterpret_cast<const uint4*>(from + i * kRows * p.gate_stride);
-    }
+  for (int i = 0; i < 16; ++i) {
+    pairs[i] = Pair{};
+    if (i < tokens) pairs[i] = *reinterpret_cast<const Pair*>(from);
+    from += stride;
   }
+  float2 sum = {0, 0};
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    float* const to = sums + (row + i * kRows) * pitch + c;
-    const T* const gates = reinterpret_cast<const T*>(&pieces[i]);
-#pragma unroll
-    for (int j = 0; j < kEach; j += 4) {
-      StoreFour(to + j, {BoundedGate(ToFloat(gates[j])), BoundedGate(ToFloat(gates[j + 1])),
-                         BoundedGate(ToFloat(gates[j + 2])), BoundedGate(ToFloat(gates[j + 3]))});
+  for (int i = 0; i < 16; ++i) {
+    float2 g;
+    if constexpr (sizeof(T) == 4) {
+      g = pairs[i];
+    } else {
+      g = UnpackBf16(pairs[i]);
     }
+    sum.x += BoundedGate(g.x), sum.y += BoundedGate(g.y);
+    sums[i] = sum;
   }
 }
-
-// Per key: sums[t * pitch + c] = G of token t and key c; `totals` holds [kThreads / K][K]. Ends
-// with a barrier.
-template <int K, int kThreads>
-__device__ void SumKeyGates(const TensorProblem& p, const TilePlace& at, float* sums, int pitch,
-                            float* totals) {
+// From element `from` of the gates on.
+__device__ inline void SumGatePairs(const TensorProblem& p, int64_t from, int tokens,
+                                    float2 (&sums)[16]) {
   if (p.gate_dtype == DType::kFloat32) {
-    LoadKeyGates<K, kThreads, float>(p, at, sums, pitch);
+    SumGatePairs(static_cast<const float*>(p.gate) + from, p.gate_stride, tokens, sums);
   } else {
-    LoadKeyGates<K, kThreads, bf16>(p, at, sums, pitch);
+    SumGatePairs(static_cast<const bf16*>(p.gate) + from, p.gate_stride, tokens, sums);
   }
-  __syncthreads();
-  constexpr int kParts = kThreads / K, kRows = kTileTokens / kParts;
-  const int column = threadIdx.x % K, part = threadIdx.x / K;
-  float* const own = sums + part * kRows * pitch + column;
-  float sum = 0;
-#pragma unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    sum += own[i * pitch];
-    own[i * pitch] = sum;
-  }
-  totals[part * K + column] = sum;
-  __syncthreads();
-  if (part > 0) {
-    float before = totals[column];
-    for (int i = 1; i < part; ++i) before += totals[i * K + column];
-#pragma unroll 16
-    for (int i = 0; i < kRows; ++i) own[i * pitch] += before;
-  }
-  __syncthreads();
 }
 
 // Per step (or constant, or none): G of tokens 2 lane and 2 lane + 1, by a warp.
@@ -251,6 +227,17 @@ __device__ inline void StoreGate(const TensorProblem& p, void* gates, int64_t in
   }
 }
 
+// Blocks that begin together and do the same, memory first, then arithmetic, want the memory
+// together and leave it together. So of the first `wave` blocks, all that run at once, four parts
+// begin `cycles` apart, where at least three waves follow one another.
+__device__ inline void Stagger(int wave, int cycles) {
+  if (blockIdx.x >= wave || gridDim.x < 3 * wave) return;
+  const int part = (blockIdx.x / kMultiprocessors * 2 + blockIdx.x) % 4;
+  const int64_t begin = clock64();
+  while (clock64() - begin < part * cycles) {
+  }
+}
+
 // Shared memory for tiles must be a multiple of 1024 from its start.
 __device__ inline char* AlignedShared(char* shared) {
   const uint32_t address = SharedAddress(shared);
@@ -287,9 +274,9 @@ void Prepare(Device& device, const TensorProblem& p);
 
 // S = D S + keys^T values from tile to tile, for k~ and v; or backwards, for q~ and do.
 struct ChainArgs {
-  const char* keys;    // q~ or k~
-  const bf16* values;  // [T, H, V]
-  int64_t value_stride;
+  const char* keys = nullptr;  // q~ or k~
+  CUtensorMap raw_keys = {};   // StepStarts: q or k, [T, H, K], boxes of 64 tokens x 64 columns
+  CUtensorMap values = {};     // [T, H, V], likewise
   bool backwards;
   States initial;          // zero where there is none
   States final;            // dropped where there is none
@@ -298,9 +285,12 @@ struct ChainArgs {
 // Two chains at once, forwards and backwards, keep twice the copies under way.
 struct Chains {
   ChainArgs of[2];
-  int count;  // 1: forwards only
+  int count;                     // 1: forwards only
+  const float* gates = nullptr;  // StepStarts: G, [tiles, H, 64]
 };
 void Chain(Device& device, const TensorProblem& p, const Chains& chains);
+// For p.is_segmented and one decay per step, or none: the segments' start states, in p.starts.
+void StepStarts(Device& device, const TensorProblem& p, const Chains& chains);
 // For p.is_segmented, from each segment's own contribution to its start state, in p.starts.
 void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains);
 

@@ -61,15 +61,12 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
   const int value_tiles = p.value_dim / 64, value_tile = blockIdx.x % value_tiles;
   const int head = blockIdx.x / value_tiles % p.heads;
   const int item = blockIdx.x / value_tiles / p.heads;
-  const int seq = p.is_segmented ? FindSequence(p.segment_begin, p.num_seqs, item) : item;
-  if (seq < 0) return;
-  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
-  const int each = p.SegmentTiles(num_tiles);
-  const int begin = p.is_segmented ? (item - p.segment_begin[seq]) * each : 0;
-  const int end = p.is_segmented ? min(num_tiles, begin + each) : num_tiles;
-  const bool is_last = end == num_tiles;
+  SegmentPlace at;
+  if (!at.Find(p, item)) return;
+  const int seq = at.seq, first_tile = at.first_tile, begin = at.begin, each = at.each;
+  const bool is_last = at.is_last;
   if (kEnds && is_last) return;
-  const int count = end - begin;
+  const int count = at.end - begin;
   const int64_t row_begin = p.cu_seqlens[seq] + int64_t{kTileTokens} * begin;
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
   const int64_t column = int64_t{head} * p.value_dim + 64 * value_tile;
@@ -170,7 +167,10 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
     load_decays(tile + 1);
     product[0] *= decays[0], product[1] *= decays[1];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) own[i] *= decays[i / 2 % 2];
+    for (int i = 0; i < 32; ++i) {
+      own[i] *= decays[i / 2 % 2];
+      asm volatile("" : "+f"(own[i]));  // before the products begin
+    }
 
     const auto update = [&] {
       BeginProducts();
@@ -264,9 +264,9 @@ void LaunchWalk(Device& device, const TensorProblem& p, const WalkArgs& w) {
                    p, w.initial, w.final, w.o, w.o_stride);
 }
 
-constexpr int kMultiprocessors = 132;
 // Blocks of WalkKernel that fill the device once.
 int WalkSlots(int key_dim) { return key_dim == 256 ? 128 : 256; }
+constexpr int kLeastSegmentTiles = 4;
 // More sequences than these are never walked segment by segment, which bounds the workspace.
 constexpr int kMaxSegmentedSeqs = 16;
 
@@ -286,6 +286,7 @@ TensorProblem ProblemOf(const LinearAttentionArgs& a) {
   p.scale = a.scale;
   const int columns = p.heads * (p.value_dim / 64);
   p.segment_goal = std::max(1, WalkSlots(p.key_dim) / columns);
+  p.least_segment_tiles = kLeastSegmentTiles;
   if (CeilDiv(p.max_len, kTileTokens) > kUncutTiles && p.segment_goal > 1) {
     const int64_t seqs = std::min(p.num_seqs, kMaxSegmentedSeqs);
     const int64_t tiles = p.num_rows / kTileTokens + seqs;

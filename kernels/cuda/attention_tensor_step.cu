@@ -21,8 +21,6 @@
 // of the same rounded terms. What a state is made of (h value in bfloat16) is what X and Y take
 // beside it; and where a state is rounded to be an operand, what it loses is multiplied out for the
 // tile's sum (`lost`).
-#include <algorithm>
-
 #include "kernels/cuda/attention_tensor.cuh"
 #include "kernels/cuda/attention_tensor_entry.h"
 #include "kernels/cuda/tensor_map.h"
@@ -31,7 +29,6 @@ namespace gla {
 namespace {
 
 enum class StepWalk {
-  kEnds,      // of segments, from zero
   kOutputs,   // out
   kProducts,  // the same, and X or Y
 };
@@ -73,9 +70,9 @@ constexpr int kHolderRegisters = 184, kReaderRegisters = 136;  // of a thread, w
 // in turns, read it and make out, and one thread of theirs copies.
 template <int kChunks, StepWalk kWalk>
 struct StepShape {
-  static constexpr bool kEnds = kWalk == StepWalk::kEnds, kProducts = kWalk == StepWalk::kProducts;
+  static constexpr bool kProducts = kWalk == StepWalk::kProducts;
   static constexpr int kHolders = kChunks == 1 ? 1 : 2;
-  static constexpr int kReaders = kChunks == 8 || kEnds ? 1 : 2;
+  static constexpr int kReaders = kChunks == 8 ? 1 : 2;
   static constexpr int kPerGroup = kChunks / kHolders;
   static constexpr int kThreads = 128 * (kHolders + kReaders);
   static constexpr bool kUneven = kChunks == 8;  // holders need more registers than readers
@@ -83,44 +80,22 @@ struct StepShape {
   // those that come and one for scaled ones. Else two that take turns: when S has moved on, the
   // scaled ones give their place to the next tile's.
   static constexpr int kZoneBytes = kProducts ? 2 * kTileBytes : kTileBytes;
-  static constexpr bool kIsTight = kChunks == 8 && !kEnds;
+  static constexpr bool kIsTight = kChunks == 8;
   static constexpr int kZones = kIsTight ? 2 : 4, kRawZones = kIsTight ? 2 : 3;
   // A slot has 64 columns of a tile's query and key.
-  static constexpr int kSlotBytes = kEnds ? kTileBytes : 2 * kTileBytes;
+  static constexpr int kSlotBytes = 2 * kTileBytes;
   static constexpr int kStages = kIsTight ? 1 : 2;  // tiles of slots
   static constexpr int kHeaderBytes = 2048;         // barriers, gates
-  static constexpr size_t kBytes = kHeaderBytes + kZones * kZoneBytes +
-                                   (kEnds ? 0 : kChunks * kTileBytes) +
-                                   kStages * kChunks * kSlotBytes;
+  static constexpr size_t kBytes =
+      kHeaderBytes + kZones * kZoneBytes + kChunks * kTileBytes + kStages * kChunks * kSlotBytes;
 };
-
-// 16 bytes of a tile, each element times `factor`.
-__device__ inline uint4 ScaledBy(uint4 piece, float factor) {
-  const float factors[8] = {factor, factor, factor, factor, factor, factor, factor, factor};
-  return Scaled(piece, factors);
-}
-
-// 64 x 64 sums of a group of warps, in bfloat16 pairs 2 j + half (row SumRow(2 half), columns
-// SumColumn(j, 0)), to a tile.
-__device__ inline void StoreSums(char* tile, const uint32_t (&pairs)[16]) {
-  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-  const uint32_t address = SharedAddress(tile) + row * kTileRowBytes;
-#pragma unroll
-  for (int j = 0; j < 8; j += 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     address + ((j + lane / 16) ^ (row & 7)) * 16),
-                 "r"(pairs[2 * j]), "r"(pairs[2 * j + 1]), "r"(pairs[2 * j + 2]),
-                 "r"(pairs[2 * j + 3])
-                 : "memory");
-  }
-}
 
 // A block to a (job, segment or sequence, head, 64 columns of S).
 template <int kChunks, StepWalk kWalk>
 __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
     StepWalkKernel(const __grid_constant__ StepProblem w) {
   using Shape = StepShape<kChunks, kWalk>;
-  constexpr bool kEnds = Shape::kEnds, kProducts = Shape::kProducts;
+  constexpr bool kProducts = Shape::kProducts;
   constexpr int kHolders = Shape::kHolders, kReaders = Shape::kReaders;
   constexpr int kPerGroup = Shape::kPerGroup, kStages = Shape::kStages;
   constexpr int kHolderThreads = 128 * kHolders;
@@ -135,13 +110,15 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   const auto full = [&](int stage, int c) { return header + 8 * (stage * kChunks + c); };
   const auto moved = [&](int stage, int c) { return header + 128 + 8 * (stage * kChunks + c); };
   const auto values_full = [&](int zone) { return header + 256 + 8 * zone; };
-  const auto state_full = [&](int i) { return header + 288 + 8 * (i % 2); };  // a reader may begin
-  const uint32_t state_read = header + 304, tile_read = header + 312;
+  const uint32_t state_read = header + 288;
+  // Of threads, by number: 1 and 2 + group are groups' own.
+  const auto state_full = [](int i) { return 6 + i % 2; };  // a reader may begin
+  constexpr int kTileRead = 8;                              // where tight: its zone is free
   static_assert(8 * kStages * kChunks <= 128 && 8 * Shape::kRawZones <= 32);
   float* const gates = reinterpret_cast<float*>(raw_shared + 1024);  // G, by zone
   char* const zones = raw_shared + Shape::kHeaderBytes;
   char* const state = zones + Shape::kZones * Shape::kZoneBytes;  // S in bfloat16
-  char* const slots = state + (kEnds ? 0 : kChunks * kTileBytes);
+  char* const slots = state + kChunks * kTileBytes;
   const int id = threadIdx.x, lane = id % 32, warp = id / 32;
   if (id == 0) {
     for (int i = 0; i < kStages * kChunks; ++i) {
@@ -149,10 +126,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       InitBarrier(moved(0, i), 4);
     }
     for (int i = 0; i < Shape::kRawZones; ++i) InitBarrier(values_full(i), 1);
-    InitBarrier(state_full(0), 1);
-    InitBarrier(state_full(1), 1);
     InitBarrier(state_read, 4);
-    InitBarrier(tile_read, 4);
     FenceBarriers();
   }
   __syncthreads();
@@ -161,15 +135,11 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
 
   const int parts = job.columns / 64, block = blockIdx.x / w.num_jobs;
   const int part = block % parts, head = block / parts % p.heads, item = block / parts / p.heads;
-  const int seq = p.is_segmented ? FindSequence(p.segment_begin, p.num_seqs, item) : item;
-  if (seq < 0) return;
-  const int first_tile = p.tile_begin[seq], num_tiles = p.tile_begin[seq + 1] - first_tile;
-  const int each = p.SegmentTiles(num_tiles);
-  const int begin = p.is_segmented ? (item - p.segment_begin[seq]) * each : 0;
-  const int end = p.is_segmented ? min(num_tiles, begin + each) : num_tiles;
-  const bool is_last = end == num_tiles;
-  if (kEnds && is_last) return;
-  const int count = end - begin;
+  SegmentPlace at;
+  if (!at.Find(p, item)) return;
+  const int seq = at.seq, first_tile = at.first_tile, num_tiles = at.num_tiles, begin = at.begin;
+  const bool is_last = at.is_last;
+  const int count = at.end - begin;
   const int row_begin = p.cu_seqlens[seq], length = p.cu_seqlens[seq + 1] - row_begin;
   const bool backwards = job.backwards;
   const float scale = p.scale;
@@ -198,13 +168,10 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       const uint32_t barrier = full(i % kStages, c);
       const int column = head * (64 * kChunks) + 64 * c;
       const int row = row_begin + kTileTokens * tile_of(i);
-      uint32_t to = SharedAddress(stage_of(i) + c * Shape::kSlotBytes);
+      const uint32_t to = SharedAddress(stage_of(i) + c * Shape::kSlotBytes);
       ArriveExpecting(barrier, Shape::kSlotBytes);
-      if constexpr (!kEnds) {
-        CopyBox(to, w.maps[job.query], barrier, column, row);
-        to += kTileBytes;
-      }
-      CopyBox(to, w.maps[job.key], barrier, column, row);
+      CopyBox(to, w.maps[job.query], barrier, column, row);
+      CopyBox(to + kTileBytes, w.maps[job.key], barrier, column, row);
     };
     const auto copy_values = [&](int i) {
       const uint32_t barrier = values_full(i % Shape::kRawZones), to = SharedAddress(zone_of(i));
@@ -230,150 +197,146 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         for (int c = 0; c < kChunks; ++c) copy_chunk(i, c);
       }
     }
-    if constexpr (kEnds) {
-      for (int i = 0; i + kStages < count && id == kHolderThreads; ++i) {
-        for (int c = 0; c < kChunks; ++c) copy_again(i, c);
-        if (i + Shape::kRawZones < count) copy_values(i + Shape::kRawZones);
+    __syncwarp();
+    for (int i = group - kHolders; i < count; i += kReaders) {
+      const int tile = tile_of(i), tokens = min(kTileTokens, length - kTileTokens * tile);
+      char* const value = zone_of(i);
+      const float* const g = gates_of(i);
+      uint64_t query = TileOperand<kAlongColumns>(stage_of(i), 0);
+      uint64_t rows_of_state = TileOperand<kAlongRows>(state, 0);
+      uint32_t partner = SharedAddress(value + kTileBytes) + TilePiece(SumRow(0), 0) + lane % 4 * 4;
+      // so that what is added to them is not kept in registers from tile to tile
+      asm volatile("" : "+l"(query), "+l"(rows_of_state), "+r"(partner));
+      asm volatile("bar.sync %0, %1;" ::"r"(state_full(i)), "n"(kHolderThreads + 128) : "memory");
+      float scores[32], out[32];
+#pragma unroll
+      for (int n = 0; n < 32; ++n) {
+        scores[n] = out[n] = 0;
+        asm volatile("" : "+f"(scores[n]), "+f"(out[n]));  // before the products begin
       }
-    } else {
-      for (int i = group - kHolders; i < count; i += kReaders) {
-        const int tile = tile_of(i), tokens = min(kTileTokens, length - kTileTokens * tile);
-        char* const value = zone_of(i);
-        const float* const g = gates_of(i);
-        uint64_t query = TileOperand<kAlongColumns>(stage_of(i), 0);
-        uint64_t rows_of_state = TileOperand<kAlongRows>(state, 0);
-        uint32_t partner =
-            SharedAddress(value + kTileBytes) + TilePiece(SumRow(0), 0) + lane % 4 * 4;
-        // so that what is added to them is not kept in registers from tile to tile
-        asm volatile("" : "+l"(query), "+l"(rows_of_state), "+r"(partner));
-        WaitBarrier(state_full(i), i / 2 & 1);
-        float scores[32], out[32];
-#pragma unroll
-        for (int n = 0; n < 32; ++n) {
-          scores[n] = out[n] = 0;
-          asm volatile("" : "+f"(scores[n]), "+f"(out[n]));  // before the products begin
-        }
 #pragma unroll 1
-        for (int c = 0; c < kChunks; ++c) {
-          WaitBarrier(full(i % kStages, c), round_of(i));
-          BeginProducts();
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            Wgmma<64, kAlongColumns, kAlongColumns>(scores, query + n * kColumnStep,
-                                                    query + (kTileBytes >> 4) + n * kColumnStep);
-          }
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            Wgmma<64, kAlongColumns, kAlongRows>(out, query + n * kColumnStep,
-                                                 rows_of_state + n * kRowStep);
-          }
-          CommitProducts();
-          query += kSlotStep, rows_of_state += kTileBytes >> 4;
-          if (c > 0) {
-            WaitProducts<1>();
-            if (is_copier) copy_again(i, c - 1);
-            __syncwarp();
-          }
-        }
-        WaitProducts<0>();
-        if (lane == 0) Arrive(state_read);
-        const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); };
-        if (is_copier) {
-          copy_again(i, kChunks - 1);
-          if (Shape::kIsTight && i + 1 < count) copy_values(i + 1);
-        }
-        __syncwarp();
-
-        uint32_t a[4][4];
-        const float sign = backwards ? -1.0f : 1.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = SumRow(2 * half), first = backwards ? row : 0;
-          const unsigned others =
-              backwards ? max(tokens - row, 0) : row + 1;  // that count, from `first` on
-          const float gate = sign * g[row];
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const int column = SumColumn(j, 0);
-            const float2 other = *reinterpret_cast<const float2*>(g + column);
-            const auto score = [&](int at, float other_gate, float x) {
-              const float factor = scale * Exp2(fmaf(-sign, other_gate, gate));
-              return static_cast<unsigned>(at - first) < others ? factor * x : 0.0f;
-            };
-            a[j / 2][j % 2 * 2 + half] =
-                PackBf16(score(column, other.x, scores[4 * j + 2 * half]),
-                         score(column + 1, other.y, scores[4 * j + 2 * half + 1]));
-          }
-        }
-        const auto out_factor = [&](int row) {
-          return backwards ? to_end(g, row) : from_start(g, row);
-        };
-        const float factors[2] = {out_factor(SumRow(0)), out_factor(SumRow(2))};
-        // The partner of elements n and n + 1; eight columns further are another 16-byte piece.
-        const auto partner_of = [&](int n) {
-          uint32_t pair;
-          asm volatile("ld.shared.b32 %0, [%1];"
-                       : "=r"(pair)
-                       : "r"((partner ^ (n / 4) << 4) + n / 2 % 2 * 8 * kTileRowBytes));
-          return UnpackBf16(pair);
-        };
-        float products[2] = {}, before[2] = {}, after[2] = {};
-        if constexpr (kProducts) {
-#pragma unroll
-          for (int n = 0; n < 32; n += 2) {
-            const int half = n / 2 % 2;
-            const float2 x = partner_of(n);
-            const float2 y = UnpackBf16(PackBf16(x.x * factors[half], x.y * factors[half]));
-            products[half] = fmaf(y.x, out[n], fmaf(y.y, out[n + 1], products[half]));
-            before[half] = fmaf(x.x, out[n], fmaf(x.y, out[n + 1], before[half]));
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < 32; ++n) out[n] *= factors[n / 2 % 2];
+      for (int c = 0; c < kChunks; ++c) {
+        WaitBarrier(full(i % kStages, c), round_of(i));
         BeginProducts();
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          WgmmaFromRegisters<kAlongRows>(out, a[n], TileOperand<kAlongRows>(value, n));
+          Wgmma<64, kAlongColumns, kAlongColumns>(scores, query + n * kColumnStep,
+                                                  query + (kTileBytes >> 4) + n * kColumnStep);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          Wgmma<64, kAlongColumns, kAlongRows>(out, query + n * kColumnStep,
+                                               rows_of_state + n * kRowStep);
         }
         CommitProducts();
-        WaitProducts<0>();
-        if constexpr (kProducts) {
-#pragma unroll
-          for (int n = 0; n < 32; n += 2) {
-            const float2 x = partner_of(n);
-            after[n / 2 % 2] = fmaf(x.x, out[n], fmaf(x.y, out[n + 1], after[n / 2 % 2]));
-          }
-          const int64_t to = product_row(i);
-          const float all = WarpSum(products[0] + products[1]);
-          if (lane == 0) w.tile_sums[to * kTileSums + kEndSums + warp % 4] = all;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float x = products[half], y = after[half] - factors[half] * before[half];
-            for (int mask = 1; mask < 4; mask *= 2) {
-              x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
-              y += __shfl_xor_sync(0xFFFFFFFFu, y, mask);
-            }
-            if (lane % 4 == 0) w.products[to * kTileTokens + SumRow(2 * half)] = {x, y};
-          }
-        }
-        uint32_t pairs[16];
-#pragma unroll
-        for (int n = 0; n < 16; ++n) pairs[n] = PackBf16(out[2 * n], out[2 * n + 1]);
-        meet();  // the value has been read: its place serves to bring rows together
-        StoreSums(value, pairs);
-        meet();
-        const int64_t stride = int64_t{p.heads} * job.columns;
-        StoreTile<128>(job.out + (row_begin + int64_t{kTileTokens} * tile) * stride +
-                           int64_t{head} * job.columns + 64 * part,
-                       stride, value, tokens, id % 128);
-        if constexpr (Shape::kIsTight) {
-          if (lane == 0) Arrive(tile_read);
-        } else {
-          FenceShared();
-          meet();
-          if (is_copier && i + Shape::kRawZones < count) copy_values(i + Shape::kRawZones);
+        query += kSlotStep, rows_of_state += kTileBytes >> 4;
+        if (c > 0) {
+          WaitProducts<1>();
+          if (is_copier) copy_again(i, c - 1);
           __syncwarp();
         }
+      }
+      WaitProducts<0>();
+      __syncwarp();
+      if (lane == 0) Arrive(state_read);
+      const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory"); };
+      if (is_copier) {
+        copy_again(i, kChunks - 1);
+        if (Shape::kIsTight && i + 1 < count) copy_values(i + 1);
+      }
+      __syncwarp();
+
+      uint32_t a[4][4];
+      const float sign = backwards ? -1.0f : 1.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = SumRow(2 * half), first = backwards ? row : 0;
+        const unsigned others =
+            backwards ? max(tokens - row, 0) : row + 1;  // that count, from `first` on
+        const float gate = sign * g[row];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int column = SumColumn(j, 0);
+          const float2 other = *reinterpret_cast<const float2*>(g + column);
+          const auto score = [&](int at, float other_gate, float x) {
+            const float factor = scale * Exp2(fmaf(-sign, other_gate, gate));
+            return static_cast<unsigned>(at - first) < others ? factor * x : 0.0f;
+          };
+          a[j / 2][j % 2 * 2 + half] =
+              PackBf16(score(column, other.x, scores[4 * j + 2 * half]),
+                       score(column + 1, other.y, scores[4 * j + 2 * half + 1]));
+        }
+      }
+      const auto out_factor = [&](int row) {
+        return backwards ? to_end(g, row) : from_start(g, row);
+      };
+      const float factors[2] = {out_factor(SumRow(0)), out_factor(SumRow(2))};
+      // The partner of elements n and n + 1; eight columns further are another 16-byte piece.
+      const auto partner_of = [&](int n) {
+        uint32_t pair;
+        asm volatile("ld.shared.b32 %0, [%1];"
+                     : "=r"(pair)
+                     : "r"((partner ^ (n / 4) << 4) + n / 2 % 2 * 8 * kTileRowBytes));
+        return UnpackBf16(pair);
+      };
+      float products[2] = {}, before[2] = {}, after[2] = {};
+      if constexpr (kProducts) {
+#pragma unroll
+        for (int n = 0; n < 32; n += 2) {
+          const int half = n / 2 % 2;
+          const float2 x = partner_of(n);
+          const float2 y = UnpackBf16(PackBf16(x.x * factors[half], x.y * factors[half]));
+          products[half] = fmaf(y.x, out[n], fmaf(y.y, out[n + 1], products[half]));
+          before[half] = fmaf(x.x, out[n], fmaf(x.y, out[n + 1], before[half]));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 32; ++n) out[n] *= factors[n / 2 % 2];
+      BeginProducts();
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        WgmmaFromRegisters<kAlongRows>(out, a[n], TileOperand<kAlongRows>(value, n));
+      }
+      CommitProducts();
+      WaitProducts<0>();
+      if constexpr (kProducts) {
+#pragma unroll
+        for (int n = 0; n < 32; n += 2) {
+          const float2 x = partner_of(n);
+          after[n / 2 % 2] = fmaf(x.x, out[n], fmaf(x.y, out[n + 1], after[n / 2 % 2]));
+        }
+        const int64_t to = product_row(i);
+        const float all = WarpSum(products[0] + products[1]);
+        if (lane == 0) w.tile_sums[to * kTileSums + kEndSums + warp % 4] = all;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float x = products[half], y = after[half] - factors[half] * before[half];
+          for (int mask = 1; mask < 4; mask *= 2) {
+            x += __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+            y += __shfl_xor_sync(0xFFFFFFFFu, y, mask);
+          }
+          if (lane % 4 == 0) w.products[to * kTileTokens + SumRow(2 * half)] = {x, y};
+        }
+      }
+      uint32_t pairs[16];
+#pragma unroll
+      for (int n = 0; n < 16; ++n) pairs[n] = PackBf16(out[2 * n], out[2 * n + 1]);
+      meet();  // the value has been read: its place serves to bring rows together
+      StoreSums(value, pairs);
+      meet();
+      const int64_t stride = int64_t{p.heads} * job.columns;
+      StoreTile<128>(job.out + (row_begin + int64_t{kTileTokens} * tile) * stride +
+                         int64_t{head} * job.columns + 64 * part,
+                     stride, value, tokens, id % 128);
+      if constexpr (Shape::kIsTight) {
+        if (i + 1 < count) {
+          asm volatile("bar.arrive %0, %1;" ::"n"(kTileRead), "n"(kHolderThreads + 128) : "memory");
+        }
+      } else {
+        FenceShared();
+        meet();
+        if (is_copier && i + Shape::kRawZones < count) copy_values(i + Shape::kRawZones);
+        __syncwarp();
       }
     }
     return;
@@ -393,19 +356,17 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   const int64_t head_size = int64_t{64 * kChunks} * job.columns;
   const int64_t item_head = int64_t{item} * p.heads + head;
   float s[kPerGroup][32] = {};
-  if constexpr (!kEnds) {
-    const float* from = nullptr;
-    if (p.is_segmented) {
-      from = p.starts[backwards] + item_head * head_size;
-    } else if (job.initial.Of(seq) != nullptr) {
-      from = job.initial.Of(seq) + head * head_size;
-    }
-    if (from != nullptr) {
+  const float* from = nullptr;
+  if (p.is_segmented) {
+    from = p.starts[backwards] + item_head * head_size;
+  } else if (job.initial.Of(seq) != nullptr) {
+    from = job.initial.Of(seq) + head * head_size;
+  }
+  if (from != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kPerGroup; ++j) {
+    for (int j = 0; j < kPerGroup; ++j) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) s[j][i] = from[place(j, i)];
-      }
+      for (int i = 0; i < 32; ++i) s[j][i] = from[place(j, i)];
     }
   }
   // This warp's of eight parts of a sum.
@@ -413,17 +374,17 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
     sums[warp] = sum;
     if (kHolders == 1) sums[warp + 4] = 0;
   };
-  float decay_product = 1;
-
   for (int i = 0; i < count; ++i) {
     const int tokens = min(kTileTokens, length - kTileTokens * tile_of(i));
     char* const value = zone_of(i);
     char* const scaled = zones + (Shape::kIsTight ? ~i & 1 : 3) * Shape::kZoneBytes;
     const float* const g = gates_of(i);
     char* const query = stage_of(i);
-    char* const key = query + (kEnds ? 0 : kTileBytes);
+    char* const key = query + kTileBytes;
     WaitBarrier(values_full(i % Shape::kRawZones), values_round_of(i));
-    if (Shape::kIsTight && i > 0) WaitBarrier(tile_read, (i - 1) & 1);
+    if (Shape::kIsTight && i > 0) {
+      asm volatile("bar.sync %0, %1;" ::"n"(kTileRead), "n"(kHolderThreads + 128) : "memory");
+    }
     meet();  // S has moved on by the tile before
 #pragma unroll
     for (int piece = id; piece < kTileTokens * 8; piece += kHolderThreads) {
@@ -431,13 +392,12 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       const float a = to_end(g, row), b = from_start(g, row);
       uint4 x = *reinterpret_cast<const uint4*>(value + piece * 16);
       if (row >= tokens) *reinterpret_cast<uint4*>(value + piece * 16) = x = {0, 0, 0, 0};
-      *reinterpret_cast<uint4*>(scaled + piece * 16) = ScaledBy(x, backwards ? b : a);
+      *reinterpret_cast<uint4*>(scaled + piece * 16) = Scaled(x, backwards ? b : a);
       if constexpr (kProducts) {
         char* const partner = value + kTileBytes + piece * 16;
         uint4 y = *reinterpret_cast<const uint4*>(partner);
         if (row >= tokens) *reinterpret_cast<uint4*>(partner) = y = {0, 0, 0, 0};
-        *reinterpret_cast<uint4*>(scaled + kTileBytes + piece * 16) =
-            ScaledBy(y, backwards ? a : b);
+        *reinterpret_cast<uint4*>(scaled + kTileBytes + piece * 16) = Scaled(y, backwards ? a : b);
       }
     }
     if (tokens < kTileTokens) {  // what follows belongs to others, who may have NaN there
@@ -446,26 +406,24 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
         WaitBarrier(full(i % kStages, c), round_of(i));
         for (int j = tokens * kTileRowBytes + id * 16; j < kTileBytes; j += kHolderThreads * 16) {
           *reinterpret_cast<uint4*>(key + c * Shape::kSlotBytes + j) = {0, 0, 0, 0};
-          if (!kEnds) *reinterpret_cast<uint4*>(query + c * Shape::kSlotBytes + j) = {0, 0, 0, 0};
+          *reinterpret_cast<uint4*>(query + c * Shape::kSlotBytes + j) = {0, 0, 0, 0};
         }
       }
     }
-    if constexpr (!kEnds) {
-      if (i > 0) WaitBarrier(state_read, (i - 1) & 1);
+    if (i > 0) WaitBarrier(state_read, (i - 1) & 1);
 #pragma unroll
-      for (int j = 0; j < kPerGroup; ++j) {
-        uint32_t pairs[16];
+    for (int j = 0; j < kPerGroup; ++j) {
+      uint32_t pairs[16];
 #pragma unroll
-        for (int n = 0; n < 16; ++n) pairs[n] = PackBf16(s[j][2 * n], s[j][2 * n + 1]);
-        StoreSums(state + (group * kPerGroup + j) * kTileBytes, pairs);
-      }
+      for (int n = 0; n < 16; ++n) pairs[n] = PackBf16(s[j][2 * n], s[j][2 * n + 1]);
+      StoreSums(state + (group * kPerGroup + j) * kTileBytes, pairs);
     }
     FenceShared();
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"r"(state_full(i)), "n"(kHolderThreads + 128) : "memory");
     meet();
-    if (!kEnds && id == 0) Arrive(state_full(i));
 
     const float decay = Exp2(g[kTileTokens - 1]);
-    decay_product *= decay;
     float lost = 0;
     uint64_t own_key = TileOperand<kAlongRows>(key + group * kPerGroup * Shape::kSlotBytes, 0);
     uint64_t scaled_value = TileOperand<kAlongRows>(scaled, 0);
@@ -510,6 +468,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
       }
       CommitProducts();
       WaitProducts<0>();
+      __syncwarp();
       if (lane == 0) Arrive(moved(i % kStages, group * kPerGroup + j));
     }
     if constexpr (kProducts) {
@@ -519,14 +478,7 @@ __global__ void __launch_bounds__(StepShape<kChunks, kWalk>::kThreads, 1)
   }
 
   float* to = nullptr;
-  if constexpr (kEnds) {
-    to = p.starts[backwards] + item_head * head_size;
-    if (id < 64) {  // by key: the columns are keys
-      p.segment_decays[backwards][item_head * job.columns + 64 * part + id] = decay_product;
-    }
-  } else if (is_last && job.final.Of(seq) != nullptr) {
-    to = job.final.Of(seq) + head * head_size;
-  }
+  if (is_last && job.final.Of(seq) != nullptr) to = job.final.Of(seq) + head * head_size;
   const float* across = nullptr;
   if constexpr (kProducts) {
     if (is_last && job.across.Of(seq) != nullptr) across = job.across.Of(seq) + head * head_size;
@@ -734,8 +686,7 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
   TensorProblem& p = w.p;
   PlaceStepWorkspace(w, wants_gate, static_cast<char*>(a.workspace));
   const auto map_of = [&](const void* data, int dim) {
-    const uint64_t columns = uint64_t{1} * p.heads * dim, rows = std::max(1, p.num_rows);
-    return MapOf(data, {columns, rows}, {columns}, {kTileColumns, kTileTokens});
+    return TilesOf(data, p.num_rows, p.heads, dim);
   };
   w.maps[kQueries] = map_of(p.q, p.key_dim);
   w.maps[kKeys] = map_of(p.k, p.key_dim);
@@ -782,11 +733,16 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
   LaunchOverlapped(device, StepGatesKernel, warps, w);
   w.jobs[0] = dq, w.jobs[1] = dk, w.num_jobs = 2;
   if (p.is_segmented) {
-    LaunchStepWalk<StepWalk::kEnds>(device, w);
-    Chains chains = {.count = 2};
-    chains.of[0] = {.backwards = false, .initial = initial};
-    chains.of[1] = {.backwards = true, .initial = d_final};
-    ScanSegments(device, p, chains);
+    Chains chains = {.count = 2, .gates = w.gates};
+    chains.of[0] = {.raw_keys = w.maps[kKeys],
+                    .values = w.maps[kValues],
+                    .backwards = false,
+                    .initial = initial};
+    chains.of[1] = {.raw_keys = w.maps[kQueries],
+                    .values = w.maps[kOutputGradients],
+                    .backwards = true,
+                    .initial = d_final};
+    StepStarts(device, p, chains);
   }
   StepProblem values = w;
   values.jobs[0] = dv, values.num_jobs = 1;

@@ -53,14 +53,6 @@ __device__ inline void FenceShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The same, whole, `kTo` and `kFrom` bytes further.
-template <int kTo, int kFrom>
-__device__ void CopyAsyncAt(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kTo),
-               "n"(kFrom)
-               : "memory");
-}
-
 // f.template operator()<i>() for i in [0, kCount).
 template <int kCount, typename F>
 __device__ void Unrolled(const F& f) {
@@ -68,22 +60,8 @@ __device__ void Unrolled(const F& f) {
   (std::make_integer_sequence<int, kCount>());
 }
 
-// Copies for kThreads threads of which this is `id`: each computes its addresses once.
-//
-// kBytes as they are.
-template <int kBytes, int kThreads>
-__device__ void CopyLinear(char* to, const char* from, int id) {
-  constexpr int kStep = kThreads * 16;
-  const uint32_t address = SharedAddress(to) + id * 16;
-  from += id * 16;
-  Unrolled<kBytes / kStep>([&]<int i>() { CopyAsyncAt<i * kStep, i * kStep>(address, from); });
-  if (kBytes % kStep != 0 && id * 16 < kBytes % kStep) {
-    CopyAsyncAt<kBytes / kStep * kStep, kBytes / kStep * kStep>(address, from);
-  }
-}
-
-// Rows [0, 64) and 64 columns of a row-major matrix into a tile; rows from `valid_rows` on are
-// zero.
+// Rows [0, 64) and 64 columns of a row-major matrix into a tile, by kThreads threads of which this
+// is `id`; rows from `valid_rows` on are zero.
 template <int kThreads>
 __device__ void CopyTile(char* to, const bf16* from, int64_t stride, int valid_rows, int id) {
   constexpr int kRows = kThreads / 8;  // at a time: whole groups of eight, so the swizzle stays
@@ -150,6 +128,19 @@ __device__ inline void CopyBulk(uint32_t to, const void* from, uint32_t bytes, u
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+
+// The other way: what threads have written, after FenceShared and a barrier. By one thread, which
+// waits until no more than kPending of its committed copies still read.
+__device__ inline void StoreBulk(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ void WaitBulkReads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // A phase's arrival without bytes.
@@ -289,6 +280,21 @@ __device__ inline int SumRow(int e) {
 }
 __device__ inline int SumColumn(int j, int e) { return 8 * j + threadIdx.x % 4 * 2 + (e & 1); }
 
+// 64 x 64 sums of a group of warps, in bfloat16 pairs 2 j + half (row SumRow(2 half), columns
+// SumColumn(j, 0)), to a tile.
+__device__ inline void StoreSums(char* tile, const uint32_t (&pairs)[16]) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+  const uint32_t address = SharedAddress(tile) + row * kTileRowBytes;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address + ((j + lane / 16) ^ (row & 7)) * 16),
+                 "r"(pairs[2 * j]), "r"(pairs[2 * j + 1]), "r"(pairs[2 * j + 2]),
+                 "r"(pairs[2 * j + 3])
+                 : "memory");
+  }
+}
+
 // ---- mma.sync: 16 x 8 += 16 x 16 times 16 x 8, by a warp ----------------------------------------
 
 // With g = lane / 4, c = lane % 4 * 2: a[0] holds A[g][c, c + 1], a[1] row g + 8, a[2] columns + 8,
@@ -302,27 +308,20 @@ __device__ inline void Mma16x8x16(float (&d)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Such an a from [16][16] in shared memory. Lane i gives the address of row i % 16, column i / 16
+// * 8.
+__device__ inline void LoadMatrix(uint32_t address, uint32_t (&a)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address));
+}
+
 // Two such b from [16][16] in shared memory, rows along the contracted side: of columns 0 .. 7 in
 // b[0, 1], of 8 .. 15 in b[2, 3]. Lane i gives the address of row i % 16, column i / 16 * 8.
 __device__ inline void LoadTransposed(uint32_t address, uint32_t (&b)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
                : "r"(address));
-}
-
-// 16 x 8 += 16 x 8 times 8 x 8 in tf32. With g = lane / 4, c = lane % 4: a[0] is A[g][c], a[1] row
-// g + 8, a[2] column c + 4, a[3] both; b[0] is B[c][g], b[1] row c + 4; d as above.
-__device__ inline void Mma16x8x8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ inline uint32_t ToTf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
 }
 
 // Two float32 as bfloat16, `low` in the low half.
@@ -334,17 +333,13 @@ __device__ inline float2 UnpackBf16(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
 }
 
-__device__ inline uint32_t PackHalves(bf16 low, bf16 high) {
-  const __nv_bfloat162 pair = {low, high};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-// Eight neighbours times eight factors.
-__device__ inline uint4 Scaled(uint4 piece, const float (&factors)[8]) {
+// Eight neighbours times a factor.
+__device__ inline uint4 Scaled(uint4 piece, float factor) {
   uint32_t* const pairs = reinterpret_cast<uint32_t*>(&piece);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 x = UnpackBf16(pairs[i]);
-    pairs[i] = PackBf16(x.x * factors[2 * i], x.y * factors[2 * i + 1]);
+    pairs[i] = PackBf16(x.x * factor, x.y * factor);
   }
   return piece;
 }
@@ -353,6 +348,12 @@ __device__ inline uint4 Scaled(uint4 piece, const float (&factors)[8]) {
 __device__ inline float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

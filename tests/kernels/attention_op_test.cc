@@ -1,6 +1,8 @@
 // The operators of attention.h: which results a call has, and their values, against the naive
 // recurrence in double precision.
+#include <cctype>
 #include <cmath>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -46,11 +48,15 @@ std::vector<OpCase> EveryCombination(AttentionOp op) {
   return cases;
 }
 
-void ForEveryCombination(const std::function<void(const OpCase&)>& check) {
-  size_t count = 0;
-  for (AttentionOp op : kOps) {
-    for (OpCase c : EveryCombination(op)) {
-      ++count;
+class EveryCombinationOfOptionalInputs : public testing::TestWithParam<AttentionOp> {
+ protected:
+  // In the form that the operator chooses and in each that it has.
+  void ForEach(const std::function<void(const OpCase&)>& check) {
+    const std::vector<OpCase> cases = EveryCombination(GetParam());
+    // of linear attention 16, normalized 64
+    const size_t count = GetParam() == kLinear ? 80 : GetParam() == kRetention ? 16 : 32;
+    EXPECT_EQ(cases.size(), count);
+    for (OpCase c : cases) {
       check(c);
       for (AttentionForm form : kForms) {
         if (c.normalize && form == AttentionForm::kChunkwise) continue;
@@ -59,9 +65,13 @@ void ForEveryCombination(const std::function<void(const OpCase&)>& check) {
       }
     }
   }
-  // linear attention: 16, normalized 64; simple GLA and GLA: 32 each; retention: 16
-  EXPECT_EQ(count, 160u);
-}
+};
+INSTANTIATE_TEST_SUITE_P(Operators, EveryCombinationOfOptionalInputs, testing::ValuesIn(kOps),
+                         [](const auto& test) {
+                           std::string name = NameOf(test.param);
+                           std::erase_if(name, [](char c) { return !std::isalnum(c); });
+                           return name;
+                         });
 
 // The names say it without the reference: o always; states when wanted; gradients of what is given.
 void ExpectNames(const OpResults<float>& got,
@@ -74,8 +84,8 @@ void ExpectNames(const OpResults<float>& got,
   EXPECT_EQ(got.size(), count);
 }
 
-TEST(AttentionForward, EveryCombinationOfOptionalInputsHasItsResults) {
-  ForEveryCombination([](const OpCase& c) {
+TEST_P(EveryCombinationOfOptionalInputs, HasItsResults) {
+  ForEach([](const OpCase& c) {
     SCOPED_TRACE(c.name());
     const OpValues<float> x = MakeValues(c);
     const OpResults<float> got = OpCall(c, x).Forward();
@@ -86,8 +96,8 @@ TEST(AttentionForward, EveryCombinationOfOptionalInputsHasItsResults) {
   });
 }
 
-TEST(AttentionBackward, EveryCombinationOfOptionalInputsHasItsGradients) {
-  ForEveryCombination([](const OpCase& c) {
+TEST_P(EveryCombinationOfOptionalInputs, HasItsGradients) {
+  ForEach([](const OpCase& c) {
     if (!c.d_o && !c.d_final_state && !c.d_final_key_sum) return;
     SCOPED_TRACE(c.name());
     const OpValues<float> x = MakeValues(c);
