@@ -598,8 +598,10 @@ TEST(LinearAttentionBackward, ASequencesBitsDependOnNothingButTheSequence) {
       for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
         Case c = {.H = 4, .G = 2, .K = 32, .V = 144, .kind = kind};
         std::vector<int> lengths = {3, 65, 0, 130, 16, 1, 40};
-        if (dtype == DType::kBFloat16) {  // tensor cores, and a sequence of two segments
-          c = {.H = 1, .G = 1, .K = 64, .V = 64, .kind = kind, .dtype = dtype};
+        if (dtype == DType::kBFloat16) {
+          // Tensor cores, and a sequence of two segments. All together, but not one alone, are
+          // enough blocks for more columns to a block.
+          c = {.H = 8, .G = 8, .K = 128, .V = 128, .kind = kind, .dtype = dtype};
           lengths[3] = 2100;
         }
         SCOPED_TRACE(c.name(form));
