@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(2 * K, K == 256 ? 1 : 256 / K)
   AllowNext();
   if (K == 256) Stagger(kMultiprocessors, 4000);
   TilePlace at;
-  if (!at.Find(p, blockIdx.x)) return;
+  const bool is_few = p.num_seqs <= kFewSeqs;
+  if (!(is_few ? at.FindFirst(p, blockIdx.x) : at.Find(p, blockIdx.x))) return;
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
   const int c = id % (K / 2) * 2, own = id / (K / 2);  // keys and block
   const int tokens = at.tokens - 16 * own;
@@ -283,7 +284,8 @@ __global__ void __launch_bounds__(kPrepareThreads) PrepareStepKernel(const Tenso
   WaitForPrevious();
   AllowNext();
   TilePlace at;
-  if (!at.Find(p, blockIdx.x)) return;
+  const bool is_few = p.num_seqs <= kFewSeqs;
+  if (!(is_few ? at.FindFirst(p, blockIdx.x) : at.Find(p, blockIdx.x))) return;
   const int id = threadIdx.x;
 
   for (int i = 0; i < kTiles; ++i) {
@@ -445,6 +447,7 @@ __global__ void __launch_bounds__(ChainShape<K, kOut, kWide>::kThreads)
       for (int w = 0; w < kWide; ++w) clear(values + w * kTileBytes);
 #pragma unroll 1
       for (int c = 0; c < (kIsStep ? K / 64 : 0); ++c) clear(stage_of(i) + c * kTileBytes);
+      __syncwarp();  // products are waited for by whole warps
     }
   };
 
@@ -619,6 +622,14 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// From each segment's own contribution to its start state, in p.starts.
+void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains) {
+  const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
+  LaunchOverlapped(device, ScanKernel,
+                   {.blocks = GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), .threads = 256},
+                   p, chains);
+}
+
 template <int K, ChainOut kOut, int kWide>
 void LaunchChain(Device& device, const TensorProblem& p, const Chains& chains, int64_t blocks) {
   using Shape = ChainShape<K, kOut, kWide>;
@@ -671,7 +682,7 @@ void FindTiles(Device& device, const TensorProblem& p) {
 }
 
 void Prepare(Device& device, const TensorProblem& p) {
-  FindTiles(device, p);
+  if (p.num_seqs > kFewSeqs) FindTiles(device, p);
   WithKeyDim(p.key_dim, [&]<int K>() {
     const unsigned blocks = GridOf(p.max_tiles() * p.heads);
     if (p.gate_kind == GateKind::kPerKey) {
@@ -687,18 +698,13 @@ void Prepare(Device& device, const TensorProblem& p) {
   });
 }
 
-void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains) {
-  const int64_t fours = int64_t{p.num_seqs} * p.heads * p.key_dim * p.value_dim / 4;
-  LaunchOverlapped(device, ScanKernel,
-                   {.blocks = GridOf(CeilDiv<int64_t>(fours, 256) * chains.count), .threads = 256},
-                   p, chains);
+void SegmentStarts(Device& device, const TensorProblem& p, const Chains& chains) {
+  LaunchChain<ChainOut::kEnds>(device, p, chains);
+  ScanSegments(device, p, chains);
 }
 
 void Chain(Device& device, const TensorProblem& p, const Chains& chains) {
-  if (p.is_segmented) {
-    LaunchChain<ChainOut::kEnds>(device, p, chains);
-    ScanSegments(device, p, chains);
-  }
+  if (p.is_segmented) SegmentStarts(device, p, chains);
   LaunchChain<ChainOut::kStates>(device, p, chains);
 }
 

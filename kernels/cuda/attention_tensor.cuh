@@ -60,8 +60,9 @@ struct TensorProblem {
   int num_seqs, num_rows, max_len;
   int heads, key_dim, value_dim;
   float scale;
-  // A long sequence is cut into so many segments, or fewer of `least_segment_tiles`.
-  int segment_goal, least_segment_tiles;
+  // A long sequence is cut into so many segments, or fewer of `least_segment_tiles`; one of
+  // `long_tiles` into twice as many.
+  int segment_goal, least_segment_tiles, long_tiles;
   // Whether the chains run segment by segment, from start states that were found before; otherwise
   // sequence by sequence.
   bool is_segmented;
@@ -83,7 +84,7 @@ struct TensorProblem {
   // Tiles of each segment of a sequence of `tiles` but the last.
   __host__ __device__ int SegmentTiles(int tiles) const {
     if (tiles <= kUncutTiles) return kUncutTiles;
-    const int each = CeilDiv(tiles, segment_goal);
+    const int each = CeilDiv(tiles, tiles < long_tiles ? segment_goal : 2 * segment_goal);
     return each < least_segment_tiles ? least_segment_tiles : each;
   }
   __device__ float Gate(int64_t index) const {
@@ -108,6 +109,8 @@ __device__ inline int FindSequence(const int32_t* begin, int num_seqs, int item)
   return low;
 }
 
+constexpr int kFewSeqs = 32;  // whose tiles every warp can find by itself
+
 // A block's tile and head.
 struct TilePlace {
   int seq, head, tokens;  // tokens: 1 .. 64
@@ -122,6 +125,39 @@ struct TilePlace {
     if (seq < 0) return false;
     row0 = p.cu_seqlens[seq] + int64_t{kTileTokens} * (tile - p.tile_begin[seq]);
     tokens = static_cast<int>(min(int64_t{kTileTokens}, p.cu_seqlens[seq + 1] - row0));
+    return true;
+  }
+  // The same by whole warps, for up to kFewSeqs sequences, before tile_begin and segment_begin are
+  // there: the first block leaves them for the kernels behind this one.
+  __device__ bool FindFirst(const TensorProblem& p, int64_t block) {
+    const int lane = threadIdx.x % 32;
+    const bool has_seq = lane < p.num_seqs;
+    const int row_begin = has_seq ? p.cu_seqlens[lane] : 0;
+    const int row_end = has_seq ? p.cu_seqlens[lane + 1] : 0;
+    const auto sum_to = [&](int x) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xFFFFFFFFu, x, step);
+        if (lane >= step) x += other;
+      }
+      return x;
+    };
+    const int tiles = CeilDiv(row_end - row_begin, kTileTokens), tiles_end = sum_to(tiles);
+    if (block == 0 && threadIdx.x < 32) {
+      const int segments = sum_to(has_seq ? max(1, CeilDiv(tiles, p.SegmentTiles(tiles))) : 0);
+      if (lane == 0) p.tile_begin[0] = p.segment_begin[0] = 0;
+      if (has_seq) p.tile_begin[lane + 1] = tiles_end, p.segment_begin[lane + 1] = segments;
+    }
+    const int tile = static_cast<int>(block / p.heads);
+    head = static_cast<int>(block % p.heads);
+    index = block;
+    const uint32_t ends_after = __ballot_sync(0xFFFFFFFFu, tiles_end > tile);
+    if (ends_after == 0) return false;
+    seq = __ffs(ends_after) - 1;
+    const int before = tile - __shfl_sync(0xFFFFFFFFu, tiles_end - tiles, seq);
+    row0 = __shfl_sync(0xFFFFFFFFu, row_begin, seq) + int64_t{kTileTokens} * before;
+    tokens =
+        static_cast<int>(min(int64_t{kTileTokens}, __shfl_sync(0xFFFFFFFFu, row_end, seq) - row0));
     return true;
   }
 };
@@ -289,10 +325,10 @@ struct Chains {
   const float* gates = nullptr;  // StepStarts: G, [tiles, H, 64]
 };
 void Chain(Device& device, const TensorProblem& p, const Chains& chains);
-// For p.is_segmented and one decay per step, or none: the segments' start states, in p.starts.
+// For p.is_segmented: the segments' start states, in p.starts.
+void SegmentStarts(Device& device, const TensorProblem& p, const Chains& chains);
+// The same of raw_keys, for one decay per step, or none.
 void StepStarts(Device& device, const TensorProblem& p, const Chains& chains);
-// For p.is_segmented, from each segment's own contribution to its start state, in p.starts.
-void ScanSegments(Device& device, const TensorProblem& p, const Chains& chains);
 
 // The backward pass where the gate is not per key, and V is 64, 128, 256 or 512
 // (attention_tensor_step.cu).

@@ -9,6 +9,7 @@
 // The first terms are products over V, which is passed in tiles of 64 columns; the second ones stay
 // within the tile and follow when V is done.
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/attention_tensor.cuh"
 #include "kernels/cuda/attention_tensor_entry.h"
@@ -661,6 +662,7 @@ BackwardProblem ProblemOf(const LinearAttentionBackwardArgs& a) {
   // Segments that fill the device when a sequence is alone.
   p.segment_goal = std::max(1, 128 / (p.heads * (p.value_dim / 64)));
   p.least_segment_tiles = kLeastSegmentTiles;
+  p.long_tiles = std::numeric_limits<int>::max();
   p.is_segmented = p.max_len > kTileTokens * kLeastSegmentTiles;
   if (p.is_segmented) {
     p.max_segments =
@@ -706,7 +708,7 @@ void TensorBackward(Device& device, const LinearAttentionBackwardArgs& a) {
   TensorProblem& p = b.p;
   if (a.gate_kind != GateKind::kPerKey) return TensorStepBackward(device, p, a);
   const auto map_of = [&](const void* data, int dim) {
-    return TilesOf(data, p.num_rows, p.heads, dim);
+    return TilesOf(data, p.num_rows, p.heads, dim, int64_t{p.heads} * dim);
   };
   b.q = map_of(p.q, p.key_dim), b.k = map_of(p.k, p.key_dim);
   b.v = map_of(p.v, p.value_dim), b.d_o = map_of(a.d_o, p.value_dim);

@@ -8,41 +8,36 @@
 // made E of all segments, a scan s, and each segment is a block's own: the bits are the same, and
 // the choice can be made by what fills the device.
 #include <algorithm>
+#include <limits>
 
 #include "kernels/cuda/attention_tensor.cuh"
 #include "kernels/cuda/attention_tensor_entry.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace gla {
 namespace {
 
-enum class Walk {
-  kEnds,     // segments without their starts: E and P
-  kOutputs,  // o and the last states
-  kDeep,     // the same with more copies under way, for one block to a multiprocessor
-};
-
-template <int K, Walk kWalk>
+// kDeep: more copies under way, for one block to a multiprocessor.
+template <int K, bool kDeep>
 struct WalkShape {
-  static constexpr bool kEnds = kWalk == Walk::kEnds;
   static constexpr int kGroups = K / 64;  // of four warps, 64 rows of the state each
   static constexpr int kThreads = 128 * kGroups;
   static constexpr int kBlocks =  // on a multiprocessor
-      kWalk == Walk::kDeep || K == 256 ? 1 : 2;
-  static constexpr int kStages = kEnds || kWalk == Walk::kDeep ? 4 : K == 64 ? 3 : 2;
+      kDeep || K == 256 ? 1 : 2;
+  static constexpr int kStages = kDeep ? 4 : K == 64 ? 3 : 2;
   static constexpr int kImageBytes = K * kTileRowBytes;  // of q~, k~ or S
-  // of a stage: k~, and for outputs q~ and A; then v
-  static constexpr int kCopiedBytes = kEnds ? kImageBytes : 2 * kImageBytes + kTileBytes;
+  static constexpr int kCopiedBytes =
+      2 * kImageBytes + kTileBytes;  // of a stage: k~, q~, A; then v
   static constexpr int kStageBytes = kCopiedBytes + kTileBytes;
-  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + (kEnds ? 0 : kImageBytes);
+  static constexpr size_t kBytes = 1024 + kStages * kStageBytes + kImageBytes;
 };
 
 // A block to a (segment or sequence, head, 64 columns of V).
-template <int K, Walk kWalk>
-__global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kWalk>::kBlocks)
+template <int K, bool kDeep>
+__global__ void __launch_bounds__(WalkShape<K, kDeep>::kThreads, WalkShape<K, kDeep>::kBlocks)
     WalkKernel(const TensorProblem p, const States initial, const States final, bf16* o,
                int64_t o_stride) {
-  using Shape = WalkShape<K, kWalk>;
-  constexpr bool kEnds = Shape::kEnds;
+  using Shape = WalkShape<K, kDeep>;
   constexpr int kThreads = Shape::kThreads, kStages = Shape::kStages;
   extern __shared__ __align__(1024) char raw_shared[];
   const uint32_t barriers = SharedAddress(raw_shared);
@@ -65,7 +60,6 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
   if (!at.Find(p, item)) return;
   const int seq = at.seq, first_tile = at.first_tile, begin = at.begin, each = at.each;
   const bool is_last = at.is_last;
-  if (kEnds && is_last) return;
   const int count = at.end - begin;
   const int64_t row_begin = p.cu_seqlens[seq] + int64_t{kTileTokens} * begin;
   const int length = p.cu_seqlens[seq + 1] - static_cast<int>(row_begin);
@@ -85,11 +79,9 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
     const int64_t index = index_of(tile);
     ArriveExpecting(barrier, Shape::kCopiedBytes);
     CopyBulk(to, p.keys + index * Shape::kImageBytes, Shape::kImageBytes, barrier);
-    if constexpr (!kEnds) {
-      CopyBulk(to + Shape::kImageBytes, p.queries + index * Shape::kImageBytes, Shape::kImageBytes,
-               barrier);
-      CopyBulk(to + 2 * Shape::kImageBytes, p.scores + index * kTileBytes, kTileBytes, barrier);
-    }
+    CopyBulk(to + Shape::kImageBytes, p.queries + index * Shape::kImageBytes, Shape::kImageBytes,
+             barrier);
+    CopyBulk(to + 2 * Shape::kImageBytes, p.scores + index * kTileBytes, kTileBytes, barrier);
   };
   const auto load_values = [&](int tile) {
     if (tile < count) {
@@ -117,19 +109,17 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
     return int64_t{row + (i & 2 ? 8 : 0)} * p.value_dim + 64 * value_tile + SumColumn(i / 4, 0);
   };
   const int64_t head_size = int64_t{K} * p.value_dim;
-  if constexpr (!kEnds) {
-    const float* from = nullptr;
-    if (p.is_segmented) {
-      from = p.starts[0] + item_head * head_size;
-    } else if (initial.Of(seq) != nullptr) {
-      from = initial.Of(seq) + head * head_size;
-    }
-    if (from != nullptr) {
+  const float* from = nullptr;
+  if (p.is_segmented) {
+    from = p.starts[0] + item_head * head_size;
+  } else if (initial.Of(seq) != nullptr) {
+    from = initial.Of(seq) + head * head_size;
+  }
+  if (from != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 32; i += 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(from + place(i));
-        start[i] = pair.x, start[i + 1] = pair.y;
-      }
+    for (int i = 0; i < 32; i += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(from + place(i));
+      start[i] = pair.x, start[i + 1] = pair.y;
     }
   }
   int left = each;  // tiles of this segment
@@ -143,26 +133,24 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
     __syncthreads();  // also: this block has done with the tile before, and with `state`
     load_values(tile + kStages - 1);
     if (tile > 0 && id == 0) copy(tile + kStages - 1);
-    if constexpr (!kEnds) {
-      if (left == 0) {
+    if (left == 0) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          start[i] = fmaf(product[i / 2 % 2], start[i], own[i]);
-          own[i] = 0;
-        }
-        product[0] = product[1] = 1;
-        left = each;
+      for (int i = 0; i < 32; ++i) {
+        start[i] = fmaf(product[i / 2 % 2], start[i], own[i]);
+        own[i] = 0;
       }
-      --left;
-      char* const rows = state + group * kTileBytes;
-#pragma unroll
-      for (int i = 0; i < 32; i += 2) {
-        const float factor = product[i / 2 % 2];
-        *reinterpret_cast<uint32_t*>(rows + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
-            PackBf16(fmaf(factor, start[i], own[i]), fmaf(factor, start[i + 1], own[i + 1]));
-      }
-      FenceShared();
+      product[0] = product[1] = 1;
+      left = each;
     }
+    --left;
+    char* const rows = state + group * kTileBytes;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const float factor = product[i / 2 % 2];
+      *reinterpret_cast<uint32_t*>(rows + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
+          PackBf16(fmaf(factor, start[i], own[i]), fmaf(factor, start[i + 1], own[i + 1]));
+    }
+    FenceShared();
     const float decays[2] = {next_decays[0], next_decays[1]};
     load_decays(tile + 1);
     product[0] *= decays[0], product[1] *= decays[1];
@@ -172,76 +160,55 @@ __global__ void __launch_bounds__(WalkShape<K, kWalk>::kThreads, WalkShape<K, kW
       asm volatile("" : "+f"(own[i]));  // before the products begin
     }
 
-    const auto update = [&] {
-      BeginProducts();
+    BeginProducts();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Wgmma<64, kAlongRows, kAlongRows>(own,
-                                          TileOperand<kAlongRows>(keys + group * kTileBytes, i),
-                                          TileOperand<kAlongRows>(values, i));
-      }
-      CommitProducts();
-    };
-    update();
-    if constexpr (kEnds) {
-      WaitProducts<0>();
-    } else {
-      __syncthreads();                       // S is whole
-      if (group != tile % Shape::kGroups) {  // the groups take turns at o
-        WaitProducts<0>();
-        continue;
-      }
-      const char* const queries = keys + Shape::kImageBytes;
-      const char* const scores = queries + Shape::kImageBytes;
-      float sum[32];
-      BeginProducts();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Wgmma<64, kAlongColumns, kAlongRows>(sum, TileOperand<kAlongColumns>(scores, i),
-                                             TileOperand<kAlongRows>(values, i), i > 0);
-      }
-#pragma unroll
-      for (int i = 0; i < K / 16; ++i) {
-        Wgmma<64, kAlongColumns, kAlongRows>(
-            sum, TileOperand<kAlongColumns>(queries + i / 4 * kTileBytes, i % 4),
-            TileOperand<kAlongRows>(state, i));
-      }
-      CommitProducts();
-      WaitProducts<0>();
-      const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); };
-      meet();  // the group has read S
-#pragma unroll
-      for (int i = 0; i < 32; i += 2) {
-        *reinterpret_cast<uint32_t*>(state + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
-            PackBf16(sum[i], sum[i + 1]);
-      }
-      meet();
-      StoreTile<128>(o + (row_begin + int64_t{kTileTokens} * tile) * o_stride + column, o_stride,
-                     state, min(kTileTokens, length - kTileTokens * tile), id % 128);
+    for (int i = 0; i < 4; ++i) {
+      Wgmma<64, kAlongRows, kAlongRows>(own, TileOperand<kAlongRows>(keys + group * kTileBytes, i),
+                                        TileOperand<kAlongRows>(values, i));
     }
-  }
-  float* to = nullptr;
-  if constexpr (kEnds) {
-    to = p.starts[0] + item_head * head_size;
-    if (value_tile == 0 && id % 4 == 0) {
-      float* const products = p.segment_decays[0] + item_head * K + row;
-      products[0] = product[0], products[8] = product[1];
+    CommitProducts();
+    __syncthreads();                       // S is whole
+    if (group != tile % Shape::kGroups) {  // the groups take turns at o
+      WaitProducts<0>();
+      continue;
     }
-  } else if (is_last && final.Of(seq) != nullptr) {
-    to = final.Of(seq) + head * head_size;
+    const char* const queries = keys + Shape::kImageBytes;
+    const char* const scores = queries + Shape::kImageBytes;
+    float sum[32];
+    BeginProducts();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Wgmma<64, kAlongColumns, kAlongRows>(sum, TileOperand<kAlongColumns>(scores, i),
+                                           TileOperand<kAlongRows>(values, i), i > 0);
+    }
+#pragma unroll
+    for (int i = 0; i < K / 16; ++i) {
+      Wgmma<64, kAlongColumns, kAlongRows>(
+          sum, TileOperand<kAlongColumns>(queries + i / 4 * kTileBytes, i % 4),
+          TileOperand<kAlongRows>(state, i));
+    }
+    CommitProducts();
+    WaitProducts<0>();
+    const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); };
+    meet();  // the group has read S
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      *reinterpret_cast<uint32_t*>(state + TileElement(SumRow(i), SumColumn(i / 4, 0))) =
+          PackBf16(sum[i], sum[i + 1]);
+    }
+    meet();
+    StoreTile<128>(o + (row_begin + int64_t{kTileTokens} * tile) * o_stride + column, o_stride,
+                   state, min(kTileTokens, length - kTileTokens * tile), id % 128);
   }
-  if (to == nullptr) return;
+  if (!is_last || final.Of(seq) == nullptr) return;
+  float* const to = final.Of(seq) + head * head_size;
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
-    float2 pair = {own[i], own[i + 1]};
-    if constexpr (!kEnds) {
-      const float factor = product[i / 2 % 2];
-      // without tokens a state is carried as it is
-      pair = count == 0
-                 ? float2{start[i], start[i + 1]}
-                 : float2{fmaf(factor, start[i], pair.x), fmaf(factor, start[i + 1], pair.y)};
-    }
-    *reinterpret_cast<float2*>(to + place(i)) = pair;
+    const float factor = product[i / 2 % 2];
+    // without tokens a state is carried as it is
+    *reinterpret_cast<float2*>(to + place(i)) =
+        count == 0 ? float2{start[i], start[i + 1]}
+                   : float2{fmaf(factor, start[i], own[i]), fmaf(factor, start[i + 1], own[i + 1])};
   }
 }
 
@@ -253,11 +220,11 @@ struct WalkArgs {
   int64_t items;
 };
 
-template <int K, Walk kWalk>
+template <int K, bool kDeep>
 void LaunchWalk(Device& device, const TensorProblem& p, const WalkArgs& w) {
-  using Shape = WalkShape<K, kWalk>;
+  using Shape = WalkShape<K, kDeep>;
   const int value_tiles = p.value_dim / 64;
-  LaunchOverlapped(device, WalkKernel<K, kWalk>,
+  LaunchOverlapped(device, WalkKernel<K, kDeep>,
                    {.blocks = GridOf(w.items * p.heads * value_tiles),
                     .threads = Shape::kThreads,
                     .shared_bytes = Shape::kBytes},
@@ -267,6 +234,8 @@ void LaunchWalk(Device& device, const TensorProblem& p, const WalkArgs& w) {
 // Blocks of WalkKernel that fill the device once.
 int WalkSlots(int key_dim) { return key_dim == 256 ? 128 : 256; }
 constexpr int kLeastSegmentTiles = 4;
+// From here on twice the segments, whose ends take wide blocks then: 466 -> 447 us (H4 K256 V512).
+constexpr int kLongTiles = 256;
 // More sequences than these are never walked segment by segment, which bounds the workspace.
 constexpr int kMaxSegmentedSeqs = 16;
 
@@ -287,10 +256,12 @@ TensorProblem ProblemOf(const LinearAttentionArgs& a) {
   const int columns = p.heads * (p.value_dim / 64);
   p.segment_goal = std::max(1, WalkSlots(p.key_dim) / columns);
   p.least_segment_tiles = kLeastSegmentTiles;
+  p.long_tiles = p.key_dim == 256 ? kLongTiles : std::numeric_limits<int>::max();
   if (CeilDiv(p.max_len, kTileTokens) > kUncutTiles && p.segment_goal > 1) {
     const int64_t seqs = std::min(p.num_seqs, kMaxSegmentedSeqs);
     const int64_t tiles = p.num_rows / kTileTokens + seqs;
-    p.max_segments = std::min(seqs * p.segment_goal, seqs + tiles / kLeastSegmentTiles);
+    const int most = CeilDiv(p.max_len, kTileTokens) < p.long_tiles ? 1 : 2;
+    p.max_segments = std::min(seqs * most * p.segment_goal, seqs + tiles / kLeastSegmentTiles);
     // Walked from end to end, sequences of the longest one's length must come near to filling it.
     const int64_t blocks = int64_t{p.num_rows} / p.max_len * columns;
     p.is_segmented = p.num_seqs <= kMaxSegmentedSeqs && blocks < 96;
@@ -301,8 +272,9 @@ TensorProblem ProblemOf(const LinearAttentionArgs& a) {
 int64_t WalkItems(const TensorProblem& p) {
   if (!p.is_segmented) return p.num_seqs;
   if (p.num_seqs > 1) return p.max_segments;
-  const int tiles = CeilDiv(p.num_rows, kTileTokens);
-  return CeilDiv(tiles, p.SegmentTiles(tiles));
+  const int tiles = CeilDiv(p.num_rows, kTileTokens);  // or fewer
+  const int goal = tiles < p.long_tiles ? p.segment_goal : 2 * p.segment_goal;
+  return std::min(goal, CeilDiv(tiles, p.least_segment_tiles));
 }
 
 }  // namespace
@@ -333,19 +305,22 @@ void TensorForward(Device& device, const LinearAttentionArgs& a) {
                       .o = static_cast<bf16*>(a.o),
                       .o_stride = a.o_stride,
                       .items = WalkItems(p)};
+  if (p.is_segmented) {
+    Chains chains = {.count = 1};
+    chains.of[0] = {.keys = p.keys,
+                    .values = TilesOf(p.v, p.num_rows, p.heads, p.value_dim, p.v_stride),
+                    .backwards = false,
+                    .initial = w.initial,  // read before anyone writes a slot
+                    .final = {}};
+    SegmentStarts(device, p, chains);
+  }
   WithKeyDim(p.key_dim, [&]<int K>() {
-    if (p.is_segmented) {
-      LaunchWalk<K, Walk::kEnds>(device, p, w);
-      Chains chains = {.count = 1};
-      chains.of[0].initial = w.initial;  // read before anyone writes a slot
-      ScanSegments(device, p, chains);
-    }
     if constexpr (K == 128) {
       if (w.items * p.heads * (p.value_dim / 64) <= kMultiprocessors) {
-        return LaunchWalk<K, Walk::kDeep>(device, p, w);
+        return LaunchWalk<K, true>(device, p, w);
       }
     }
-    LaunchWalk<K, Walk::kOutputs>(device, p, w);
+    LaunchWalk<K, false>(device, p, w);
   });
 }
 

@@ -686,7 +686,7 @@ void TensorStepBackward(Device& device, const TensorProblem& problem,
   TensorProblem& p = w.p;
   PlaceStepWorkspace(w, wants_gate, static_cast<char*>(a.workspace));
   const auto map_of = [&](const void* data, int dim) {
-    return TilesOf(data, p.num_rows, p.heads, dim);
+    return TilesOf(data, p.num_rows, p.heads, dim, int64_t{p.heads} * dim);
   };
   w.maps[kQueries] = map_of(p.q, p.key_dim);
   w.maps[kKeys] = map_of(p.k, p.key_dim);

@@ -42,10 +42,11 @@ inline CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides
   return map;
 }
 
-// [T, H, dim] of bfloat16 in boxes of 64 tokens x 64 columns: tiles.
-inline CUtensorMap TilesOf(const void* data, int tokens, int heads, int dim) {
+// [T, H, dim] of bfloat16, tokens `stride` elements apart, in boxes of 64 tokens x 64 columns:
+// tiles.
+inline CUtensorMap TilesOf(const void* data, int tokens, int heads, int dim, int64_t stride) {
   const uint64_t rows = std::max(1, tokens), columns = uint64_t{1} * heads * dim;
-  return MapOf(data, {columns, rows}, {columns}, {64, 64});
+  return MapOf(data, {columns, rows}, {static_cast<uint64_t>(stride)}, {64, 64});
 }
 
 }  // namespace gla
