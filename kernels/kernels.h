@@ -130,6 +130,20 @@ struct LogSigmoidGateArgs {
 };
 void LogSigmoidGate(Device& device, const LogSigmoidGateArgs& args);
 
+// y = max(log(sigmoid(x W^T + bias)) / normalizer, clamp_min): the same of a projection.
+struct GateProjectionArgs {
+  const void* x;                // [rows, in] act (`x_dtype`)
+  const PackedWeight* weight;   // [out, in]
+  const float* bias = nullptr;  // [out]
+  float* y;                     // [rows, out]
+  int rows;
+  int64_t x_stride;
+  DType x_dtype;  // CUDA: the weight's own type
+  float normalizer;
+  const float* clamp_min = nullptr;  // HOST pointer to one value; null: no clamp
+};
+void GateProjection(Device& device, const GateProjectionArgs& args);
+
 // Element-wise part of a feature map on heads (linear layers inside a map are Matmul calls).
 enum class FeatureMap : uint8_t {
   kIdentity,
@@ -188,8 +202,8 @@ struct Sequences {
   const int32_t* read_slots;   // [N]
   const int32_t* write_slots;  // [N]
   int num_seqs;
-  int num_rows;  // cu_seqlens[N]
-  int max_len;   // longest sequence in this call
+  int num_rows;  // cu_seqlens[N], or more: then the rows behind belong to no sequence
+  int max_len;   // longest sequence in this call, or more
 };
 
 // How a recurrent state rests in its slot.

@@ -50,5 +50,23 @@ void LogSigmoidGate(Device& device, const LogSigmoidGateArgs& a) {
   });
 }
 
+void GateProjection(Device& device, const GateProjectionArgs& a) {
+  Matmul(device, {.x = a.x,
+                  .weight = a.weight,
+                  .y = a.y,
+                  .rows = a.rows,
+                  .x_stride = a.x_stride,
+                  .y_stride = a.weight->out(),
+                  .x_dtype = a.x_dtype,
+                  .y_dtype = DType::kFloat32});
+  LogSigmoidGate(device, {.x = a.y,
+                          .bias = a.bias,
+                          .y = a.y,
+                          .rows = a.rows,
+                          .dim = a.weight->out(),
+                          .normalizer = a.normalizer,
+                          .clamp_min = a.clamp_min});
+}
+
 }  // namespace gla
 #endif  // HWY_ONCE

@@ -43,8 +43,11 @@ namespace gla {
     if (!(condition)) ::gla::Die(__FILE__, __LINE__, #condition, reason); \
   } while (false)
 
-// What a product's algorithm depends on, and nothing else; see matmul.cu.
+// What a product's bits depend on beside its inputs; its algorithm, on the range of rows too; see
+// matmul.cu.
 using MatmulKey = std::array<int64_t, 7>;
+constexpr int kMatmulRanges = 4;  // of numbers of rows
+using MatmulAlgorithms = std::array<cublasLtMatmulAlgo_t, kMatmulRanges>;
 
 struct Device::Impl {
   static constexpr size_t kSegmentBytes = size_t{4} << 20;
@@ -65,7 +68,7 @@ struct Device::Impl {
   // cuBLASLt's kernels count tiles there; sums are never split over it (matmul.cu).
   static constexpr size_t kCublasBytes = 4096;
   void* cublas_workspace = nullptr;
-  std::map<MatmulKey, std::optional<cublasLtMatmulAlgo_t>> matmul_algorithms;
+  std::map<MatmulKey, std::optional<MatmulAlgorithms>> matmul_algorithms;
 
   // A ring of pinned memory that uploads pass through: the host's source is free at once, and the
   // host waits only when it is a whole ring ahead of the device.
@@ -207,6 +210,11 @@ __host__ __device__ constexpr T CeilDiv(T a, T b) {
 template <typename T>
 __host__ __device__ constexpr T RoundUp(T a, T b) {
   return CeilDiv(a, b) * b;
+}
+
+// Elements from row to row of a PackedWeight: rows start at 16 bytes, zeros after `in`.
+inline int64_t WeightStride(int in, DType dtype) {
+  return RoundUp<int64_t>(in, 16 / static_cast<int64_t>(SizeOf(dtype)));
 }
 
 // More than 48 KiB of a block's shared memory must be asked for.

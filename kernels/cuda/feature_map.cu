@@ -1,6 +1,7 @@
 // The element-wise part of a feature map: one warp to each head of each row.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/feature_map.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -10,6 +11,8 @@ constexpr int kThreads = 128;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) FeatureMapKernel(const FeatureMapArgs a) {
+  WaitForPrevious();
+  AllowNext();
   const int item = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
   if (item >= a.rows * a.heads) return;  // a whole warp
   const int64_t row = item / a.heads, head = item % a.heads;
@@ -44,11 +47,10 @@ void ApplyFeatureMap(Device& device, const FeatureMapArgs& a) {
   const int64_t items = int64_t{a.rows} * a.heads;
   if (items == 0) return;
   GLA_REQUIRES(items < (int64_t{1} << 31), "rows times heads");
-  const cudaStream_t stream = Queue(device);
   const unsigned grid = GridOf(CeilDiv(items, int64_t{kThreads / 32}));
-  WithActType(a.dtype,
-              [&]<typename T>() { FeatureMapKernel<T><<<grid, kThreads, 0, stream>>>(a); });
-  CUDA_CHECK(cudaGetLastError());
+  WithActType(a.dtype, [&]<typename T>() {
+    LaunchOverlapped(device, FeatureMapKernel<T>, {.blocks = grid, .threads = kThreads}, a);
+  });
 }
 
 }  // namespace gla

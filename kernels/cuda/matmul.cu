@@ -1,12 +1,14 @@
 // Dense products, y = x W^T (+ bias) (+ y): by cuBLASLt where it can be held to one algorithm, else
 // by the tiles of matmul_tiles.cuh.
 //
-// Batch invariance. For every (out, in, types, accumulate, alignment), never for a number of rows,
-// ONE algorithm is chosen, once, and used for every call: the first that cuBLASLt proposes for 512
-// rows, a chunk of a prompt, and that
+// Batch invariance. For every (out, in, types, accumulate, alignment) ONE algorithm gives the bits:
+// the first that cuBLASLt proposes for 512 rows, a chunk of a prompt, and that
 //   - splits no sum over K and has no reduction scheme (so one thread block finishes each output
 //     alone, in the order its code gives), and
 //   - says that it also serves 1 to 8192 rows; more rows are so many calls.
+// Few and many rows want other tiles. What cuBLASLt proposes for them and what is of the same kind
+// takes its place where it gives the very same bits on random rows: algorithms that sum along k in
+// ascending order do (all that were seen on an H100 and H200).
 // Where there is none, and for every product with a bias (cuBLASLt wants the bias in y's own type,
 // ours is float32), our own tiles serve all row counts, invariant by their construction. Compiled
 // with GLA_CUDA_OWN_MATMUL, they serve everything.
@@ -26,11 +28,6 @@ constexpr bool kUseCublas = false;
 #else
 constexpr bool kUseCublas = true;
 #endif
-
-// Rows of a weight start at 16 bytes, zeros after `in`.
-int64_t WeightStride(int in, DType dtype) {
-  return RoundUp<int64_t>(in, 16 / static_cast<int64_t>(SizeOf(dtype)));
-}
 
 // ---- Packing ------------------------------------------------------------------------------------
 
@@ -64,8 +61,16 @@ void ConvertRows(const HostMatrix& block, int first, int count, DType dtype, int
 
 // ---- cuBLASLt -----------------------------------------------------------------------------------
 
-constexpr int kTypicalRows = 512;
 constexpr int kMostRows = 8192;  // of one call
+// The numbers of rows that algorithms are asked for, and those up to which each is then used.
+struct RowsRange {
+  int typical, most;
+};
+constexpr RowsRange kRanges[kMatmulRanges] = {
+    {128, 160}, {256, 384}, {512, 1024}, {2048, kMostRows}};
+constexpr int kGivesBits = 2;  // of kRanges
+// Results that are compared. Another order of a sum shows in one of some 10,000 of bfloat16.
+constexpr int kTrialResults = 1 << 22;
 
 // It thinks in columns: our row-major [rows, in] is its [in, rows], so it computes y^T = W x^T with
 // m = out, n = rows, k = in.
@@ -123,9 +128,20 @@ bool SplitsNoSum(const cublasLtMatmulAlgo_t& algorithm) {
              CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
-std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, const PackedWeight& w,
-                                                    DType y_dtype, int64_t x_alignment,
-                                                    int64_t y_alignment) {
+// What a product is chosen an algorithm for.
+struct MatmulKind {
+  const PackedWeight& w;
+  DType y_dtype;
+  bool accumulate;
+  int64_t x_alignment, y_alignment;
+};
+
+// The first that cuBLASLt proposes for `typical` rows that serves every number and splits no sum.
+std::optional<cublasLtMatmulAlgo_t> FirstAlgorithm(cublasLtHandle_t cublas, const MatmulKind& kind,
+                                                   int typical) {
+  const PackedWeight& w = kind.w;
+  const DType y_dtype = kind.y_dtype;
+  const int64_t x_alignment = kind.x_alignment, y_alignment = kind.y_alignment;
   const int64_t x_stride = StandardStride(w.in(), x_alignment, w.dtype());
   const int64_t y_stride = StandardStride(w.out(), y_alignment, y_dtype);
   cublasLtMatmulPreferenceOpaque_t preference;
@@ -141,7 +157,7 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<uint32_t>(y_alignment));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<uint32_t>(y_alignment));
 
-  CublasProblem p = MakeProblem(w, y_dtype, kTypicalRows, x_stride, y_stride);
+  CublasProblem p = MakeProblem(w, y_dtype, typical, x_stride, y_stride);
   cublasLtMatmulHeuristicResult_t results[32];
   int count = 0;
   if (cublasLtMatmulAlgoGetHeuristic(cublas, &p.product, &p.weight, &p.x, &p.y, &p.y, &preference,
@@ -166,35 +182,117 @@ std::optional<cublasLtMatmulAlgo_t> ChooseAlgorithm(cublasLtHandle_t cublas, con
   return std::nullopt;
 }
 
+struct MatmulCall {
+  const void* x;
+  void* y;
+  int64_t rows, x_stride, y_stride;
+};
+
+void Run(Device::Impl& impl, const MatmulKind& kind, const cublasLtMatmulAlgo_t& algorithm,
+         const MatmulCall& call) {
+  const float alpha = 1.0f, beta = kind.accumulate ? 1.0f : 0.0f;
+  CublasProblem p = MakeProblem(kind.w, kind.y_dtype, call.rows, call.x_stride, call.y_stride);
+  CUBLAS_CHECK(cublasLtMatmul(impl.cublas, &p.product, &alpha, kind.w.data(), &p.weight, call.x,
+                              &p.x, &beta, call.y, &p.y, call.y, &p.y, &algorithm,
+                              impl.cublas_workspace, Device::Impl::kCublasBytes, impl.stream));
+}
+
+// Normal numbers of either sign, between 1/8 and 2, as bfloat16 or float32.
+__global__ void __launch_bounds__(256) RandomKernel(uint16_t* to, int64_t size, bool is_float) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i >= size) return;
+  uint64_t x = (static_cast<uint64_t>(i) + 1) * 0x9E3779B97F4A7C15u;
+  x = (x ^ x >> 31) * 0xBF58476D1CE4E5B9u;
+  const uint32_t bits = static_cast<uint32_t>(x >> 32);
+  const uint32_t number = (bits & 0x807FFFFFu) | (124u + (bits >> 23 & 3)) << 23;
+  if (is_float) {
+    reinterpret_cast<uint32_t*>(to)[i] = number;
+  } else {
+    to[i] = static_cast<uint16_t>(number >> 16);
+  }
+}
+
+__global__ void __launch_bounds__(256)
+    DifferKernel(const uint16_t* a, const uint16_t* b, int64_t size, int* differ) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i < size && a[i] != b[i]) *differ = 1;
+}
+
+// Whether two algorithms give the same bits for random rows; false also without memory.
+bool GiveSameBits(Device& device, const MatmulKind& kind, const cublasLtMatmulAlgo_t& a,
+                  const cublasLtMatmulAlgo_t& b) {
+  Device::Impl& impl = device.impl();
+  const int64_t x_stride = StandardStride(kind.w.in(), kind.x_alignment, kind.w.dtype());
+  const int64_t y_stride = StandardStride(kind.w.out(), kind.y_alignment, kind.y_dtype);
+  const size_t y_row = y_stride * SizeOf(kind.y_dtype);
+  const int rows = std::clamp(kTrialResults / kind.w.out(), 64, kMostRows);
+  const int64_t x_size = rows * x_stride;
+  DeviceBuffer x(device, x_size * SizeOf(kind.w.dtype())), flag(device, sizeof(int));
+  DeviceBuffer y_a(device, rows * y_row), y_b(device, rows * y_row);
+  if (!x.ok() || !flag.ok() || !y_a.ok() || !y_b.ok()) return false;
+  const auto randomize = [&](DeviceBuffer& to, int64_t size, DType dtype) {
+    RandomKernel<<<GridOf(CeilDiv(size, int64_t{256})), 256, 0, impl.stream>>>(
+        to.as<uint16_t>(), size, dtype == DType::kFloat32);
+  };
+  randomize(x, x_size, kind.w.dtype());
+  const auto try_out = [&](const cublasLtMatmulAlgo_t& algorithm, DeviceBuffer& y) {
+    randomize(y, rows * y_stride, kind.y_dtype);
+    Run(impl, kind, algorithm, {x.data(), y.data(), rows, x_stride, y_stride});
+  };
+  try_out(a, y_a);
+  try_out(b, y_b);
+  CUDA_CHECK(cudaMemsetAsync(flag.data(), 0, sizeof(int), impl.stream));
+  const int64_t halves = static_cast<int64_t>(rows * y_row / 2);
+  DifferKernel<<<GridOf(CeilDiv(halves, int64_t{256})), 256, 0, impl.stream>>>(
+      y_a.as<uint16_t>(), y_b.as<uint16_t>(), halves, flag.as<int>());
+  CUDA_CHECK(cudaGetLastError());
+  int differ = 1;
+  device.Download(&differ, flag.data(), sizeof(int));
+  return differ == 0;
+}
+
+// By kRanges; none where no algorithm serves every number of rows.
+std::optional<MatmulAlgorithms> ChooseAlgorithms(Device& device, const MatmulKind& kind) {
+  const auto first_of = [&](int range) {
+    return FirstAlgorithm(device.impl().cublas, kind, kRanges[range].typical);
+  };
+  const std::optional<cublasLtMatmulAlgo_t> first = first_of(kGivesBits);
+  if (!first.has_value()) return std::nullopt;
+  MatmulAlgorithms out;
+  out.fill(*first);
+  for (int i = 0; i < kMatmulRanges; ++i) {
+    const std::optional<cublasLtMatmulAlgo_t> other = first_of(i);
+    if (!other.has_value() || std::memcmp(&*other, &*first, sizeof(*first)) == 0) continue;
+    if (GiveSameBits(device, kind, *first, *other)) out[i] = *other;
+  }
+  return out;
+}
+
 // False when there is no algorithm that serves every number of rows.
 bool CublasMatmul(Device& device, const MatmulArgs& a) {
   Device::Impl& impl = device.impl();
   const PackedWeight& w = *a.weight;
-  const int64_t x_alignment = AlignmentOf(a.x, a.x_stride, a.x_dtype);
-  const int64_t y_alignment = AlignmentOf(a.y, a.y_stride, a.y_dtype);
+  const MatmulKind kind = {w, a.y_dtype, a.accumulate, AlignmentOf(a.x, a.x_stride, a.x_dtype),
+                           AlignmentOf(a.y, a.y_stride, a.y_dtype)};
   const MatmulKey key = {w.out(),
                          w.in(),
                          static_cast<int64_t>(w.dtype()),
                          static_cast<int64_t>(a.y_dtype),
                          a.accumulate,
-                         x_alignment,
-                         y_alignment};
+                         kind.x_alignment,
+                         kind.y_alignment};
   auto found = impl.matmul_algorithms.find(key);
   if (found == impl.matmul_algorithms.end()) {
-    found = impl.matmul_algorithms
-                .emplace(key, ChooseAlgorithm(impl.cublas, w, a.y_dtype, x_alignment, y_alignment))
-                .first;
+    found = impl.matmul_algorithms.emplace(key, ChooseAlgorithms(device, kind)).first;
   }
   if (!found->second.has_value()) return false;
-  const float alpha = 1.0f, beta = a.accumulate ? 1.0f : 0.0f;
   for (int64_t row = 0; row < a.rows; row += kMostRows) {
     const int64_t rows = std::min<int64_t>(kMostRows, a.rows - row);
-    CublasProblem p = MakeProblem(w, a.y_dtype, rows, a.x_stride, a.y_stride);
     const char* x = static_cast<const char*>(a.x) + row * a.x_stride * SizeOf(a.x_dtype);
     char* y = static_cast<char*>(a.y) + row * a.y_stride * SizeOf(a.y_dtype);
-    CUBLAS_CHECK(cublasLtMatmul(impl.cublas, &p.product, &alpha, w.data(), &p.weight, x, &p.x,
-                                &beta, y, &p.y, y, &p.y, &*found->second, impl.cublas_workspace,
-                                Device::Impl::kCublasBytes, impl.stream));
+    int range = 0;
+    while (rows > kRanges[range].most) ++range;
+    Run(impl, kind, (*found->second)[range], {x, y, rows, a.x_stride, a.y_stride});
   }
   return true;
 }

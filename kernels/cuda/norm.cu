@@ -4,6 +4,7 @@
 // Which of the two depends on `dim` alone, and which kernel on it and on alignment, so a group's
 // bits never depend on the rest of the call.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -44,6 +45,8 @@ struct NormItem {
 template <typename X, typename Y, int kThreads>
 __global__ void __launch_bounds__(kBlock) RmsNormKernel(const RmsNormArgs a) {
   __shared__ float shared[kBlock / 32];
+  WaitForPrevious();
+  AllowNext();
   NormItem<X, Y, kThreads> item;
   if (!item.Find(a)) return;
   const X* const x = item.x;
@@ -85,6 +88,8 @@ constexpr int kFours = 4;  // of a thread
 template <typename X, typename Y, int kThreads>
 __global__ void __launch_bounds__(kBlock) RmsNormFoursKernel(const RmsNormArgs a) {
   __shared__ float shared[kBlock / 32];
+  WaitForPrevious();
+  AllowNext();
   NormItem<X, Y, kThreads> item;
   if (!item.Find(a)) return;
   const X* const x = item.x;
@@ -142,21 +147,19 @@ void RmsNorm(Device& device, const RmsNormArgs& a) {
   const int64_t items = int64_t{a.rows} * a.groups;
   if (items == 0) return;
   GLA_REQUIRES(items < (int64_t{1} << 31), "rows times groups");
-  const cudaStream_t stream = Queue(device);
   WithActType(a.x_dtype, [&]<typename X>() {
     WithActType(a.y_dtype, [&]<typename Y>() {
       const bool fours = AllowsFours<X, Y>(a, a.dim <= 512 ? 32 : kBlock);
       if (a.dim <= 512) {
         const unsigned grid = GridOf(CeilDiv(items, int64_t{kBlock / 32}));
         const auto kernel = fours ? RmsNormFoursKernel<X, Y, 32> : RmsNormKernel<X, Y, 32>;
-        kernel<<<grid, kBlock, 0, stream>>>(a);
+        LaunchOverlapped(device, kernel, {.blocks = grid, .threads = kBlock}, a);
       } else {
         const auto kernel = fours ? RmsNormFoursKernel<X, Y, kBlock> : RmsNormKernel<X, Y, kBlock>;
-        kernel<<<GridOf(items), kBlock, 0, stream>>>(a);
+        LaunchOverlapped(device, kernel, {.blocks = GridOf(items), .threads = kBlock}, a);
       }
     });
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gla

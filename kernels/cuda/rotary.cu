@@ -1,5 +1,6 @@
 // Rotary position embedding in place: the pair (i, i + K/2) turns by position * base^(-2 i / K).
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -11,6 +12,8 @@ constexpr int kThreads = 128;
 // position 10^6 a float32 angle is wrong by several hundredths. Each thread shares it among heads.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) RotaryKernel(const RotaryArgs a) {
+  WaitForPrevious();
+  AllowNext();
   const int64_t row = blockIdx.x;
   const int half = a.dim / 2;
   const double position = static_cast<double>(a.positions[row]);
@@ -36,10 +39,9 @@ __global__ void __launch_bounds__(kThreads) RotaryKernel(const RotaryArgs a) {
 void Rotary(Device& device, const RotaryArgs& a) {
   GLA_REQUIRES(a.dim % 2 == 0, "pairs of dimensions");
   if (a.rows == 0) return;
-  const cudaStream_t stream = Queue(device);
-  WithActType(a.dtype,
-              [&]<typename T>() { RotaryKernel<T><<<GridOf(a.rows), kThreads, 0, stream>>>(a); });
-  CUDA_CHECK(cudaGetLastError());
+  WithActType(a.dtype, [&]<typename T>() {
+    LaunchOverlapped(device, RotaryKernel<T>, {.blocks = GridOf(a.rows), .threads = kThreads}, a);
+  });
 }
 
 }  // namespace gla

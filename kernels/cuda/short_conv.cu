@@ -3,6 +3,7 @@
 // Two launches: all outputs (a thread to each row and channel), then the states. The second may
 // write in place what the first one reads, whichever blocks the first one was cut into.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/sequences.cuh"
 #include "kernels/kernels.h"
 
@@ -24,6 +25,8 @@ __device__ float InputAt(const ShortConvArgs& a, int seq, int64_t first_row, int
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     ShortConvKernel(const ShortConvArgs a, int blocks_per_row) {
+  WaitForPrevious();
+  AllowNext();
   const int row = blockIdx.x / blocks_per_row;
   const int c = static_cast<int>(blockIdx.x % blocks_per_row) * kThreads + threadIdx.x;
   if (c >= a.channels) return;
@@ -40,6 +43,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     ShortConvStateKernel(const ShortConvArgs a, int blocks_per_seq) {
+  WaitForPrevious();
+  AllowNext();
   const int seq = blockIdx.x / blocks_per_seq;
   const int c = static_cast<int>(blockIdx.x % blocks_per_seq) * kThreads + threadIdx.x;
   const int slot = a.seqs.write_slots[seq];
@@ -64,18 +69,17 @@ __global__ void __launch_bounds__(kThreads)
 void ShortConv(Device& device, const ShortConvArgs& a) {
   GLA_REQUIRES(a.width >= 1 && a.width <= kMaxWidth, "the convolution's width is 1 to 8");
   if (a.seqs.num_seqs == 0) return;
-  const cudaStream_t stream = Queue(device);
   const int blocks = CeilDiv(a.channels, kThreads);
   WithActType(a.dtype, [&]<typename T>() {
     if (a.seqs.num_rows > 0) {
       const unsigned grid = GridOf(int64_t{a.seqs.num_rows} * blocks);
-      ShortConvKernel<T><<<grid, kThreads, 0, stream>>>(a, blocks);
-      CUDA_CHECK(cudaGetLastError());
+      LaunchOverlapped(device, ShortConvKernel<T>, {.blocks = grid, .threads = kThreads}, a,
+                       blocks);
     }
     const unsigned grid = GridOf(int64_t{a.seqs.num_seqs} * blocks);
-    ShortConvStateKernel<T><<<grid, kThreads, 0, stream>>>(a, blocks);
+    LaunchOverlapped(device, ShortConvStateKernel<T>, {.blocks = grid, .threads = kThreads}, a,
+                     blocks);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gla

@@ -1,5 +1,6 @@
 // States between their slots and float32: a warp to a piece of 64 columns.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -47,6 +48,8 @@ unsigned Grid(int num_states, int heads, int key_dim, int value_dim) {
 
 __global__ void __launch_bounds__(kThreads)
     UnpackKernel(const UnpackStatesArgs a, int64_t rows, int64_t scales_at) {
+  WaitForPrevious();
+  AllowNext();
   const Piece at(a.num_states, rows, a.value_dim);
   if (!at.exists) return;
   const int slot = a.slots[at.state];
@@ -71,6 +74,8 @@ __global__ void __launch_bounds__(kThreads)
 
 __global__ void __launch_bounds__(kThreads)
     PackKernel(const PackStatesArgs a, int64_t rows, int64_t scales_at) {
+  WaitForPrevious();
+  AllowNext();
   const Piece at(a.num_states, rows, a.value_dim);
   if (!at.exists) return;
   const int slot = a.slots[at.state];
@@ -103,16 +108,18 @@ __global__ void __launch_bounds__(kThreads)
 
 void UnpackStates(Device& device, const UnpackStatesArgs& a) {
   if (a.num_states == 0) return;
-  UnpackKernel<<<Grid(a.num_states, a.heads, a.key_dim, a.value_dim), kThreads, 0, Queue(device)>>>(
-      a, int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
-  CUDA_CHECK(cudaGetLastError());
+  LaunchOverlapped(
+      device, UnpackKernel,
+      {.blocks = Grid(a.num_states, a.heads, a.key_dim, a.value_dim), .threads = kThreads}, a,
+      int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
 }
 
 void PackStates(Device& device, const PackStatesArgs& a) {
   if (a.num_states == 0) return;
-  PackKernel<<<Grid(a.num_states, a.heads, a.key_dim, a.value_dim), kThreads, 0, Queue(device)>>>(
-      a, int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
-  CUDA_CHECK(cudaGetLastError());
+  LaunchOverlapped(
+      device, PackKernel,
+      {.blocks = Grid(a.num_states, a.heads, a.key_dim, a.value_dim), .threads = kThreads}, a,
+      int64_t{a.heads} * a.key_dim, Int16ScalesAt(a.heads, a.key_dim, a.value_dim));
 }
 
 }  // namespace gla

@@ -1,5 +1,6 @@
 // y = gate sigmoid(gate) up, four neighbours to a thread.
 #include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -9,6 +10,8 @@ constexpr int kThreads = 256;
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) SwiGluKernel(const SwiGluArgs a, int blocks_per_row) {
+  WaitForPrevious();
+  AllowNext();
   const int64_t row = blockIdx.x / blocks_per_row;
   const int i = 4 * (static_cast<int>(blockIdx.x % blocks_per_row) * kThreads + threadIdx.x);
   const int count = min(a.dim - i, 4);
@@ -28,20 +31,15 @@ __global__ void __launch_bounds__(kThreads) SwiGluKernel(const SwiGluArgs a, int
 
 void SwiGlu(Device& device, const SwiGluArgs& a) {
   if (a.rows == 0) return;
-  const cudaStream_t stream = Queue(device);
   const int blocks_per_row = CeilDiv(a.dim, 4 * kThreads);
   const unsigned grid = GridOf(int64_t{a.rows} * blocks_per_row);
   WithActType(a.dtype, [&]<typename T>() {
     const size_t four = 4 * sizeof(T);
     const bool aligned = IsAligned(a.gate, four) && IsAligned(a.up, four) && IsAligned(a.y, four) &&
                          a.gate_stride % 4 == 0 && a.up_stride % 4 == 0 && a.y_stride % 4 == 0;
-    if (aligned) {
-      SwiGluKernel<T, true><<<grid, kThreads, 0, stream>>>(a, blocks_per_row);
-    } else {
-      SwiGluKernel<T, false><<<grid, kThreads, 0, stream>>>(a, blocks_per_row);
-    }
+    LaunchOverlapped(device, aligned ? SwiGluKernel<T, true> : SwiGluKernel<T, false>,
+                     {.blocks = grid, .threads = kThreads}, a, blocks_per_row);
   });
-  CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace gla

@@ -189,15 +189,14 @@ void AttentionLayer::Impl::MapFeatures(const FeatureMapWeights& map, Rows x, boo
 
 // The operator's gate, of x (simple GLA) or of its low-rank projection (GLA).
 void AttentionLayer::Impl::Gate(const AttentionRecord& record, Rows x) const {
-  const int64_t rows = record.gate->shape[0];
-  const Rows gate{record.gate->buffer.data(), layout.gate, DType::kFloat32};
   const Rows from = layout.low_rank > 0 ? RowsOf(record.proj).Columns(layout.low_rank_begin()) : x;
-  Product(weights.gate_proj.forward, from, gate, rows);
-  LogSigmoidGate(device, {.x = static_cast<const float*>(gate.data),
+  GateProjection(device, {.x = from.data,
+                          .weight = &weights.gate_proj.forward,
                           .bias = weights.gate_bias.as<float>(),
-                          .y = static_cast<float*>(gate.data),
-                          .rows = static_cast<int>(rows),
-                          .dim = layout.gate,
+                          .y = record.gate->buffer.as<float>(),
+                          .rows = static_cast<int>(record.gate->shape[0]),
+                          .x_stride = from.stride,
+                          .x_dtype = from.dtype,
                           .normalizer = config.gate_logit_normalizer,
                           .clamp_min = config.clamp_min ? &*config.clamp_min : nullptr});
 }

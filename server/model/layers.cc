@@ -207,12 +207,14 @@ void Model::Impl::Attention(int layer, int rows, char* states) {
   Product(w.in_proj, normed, proj, rows);
   const Mixed mix = Mix(layer, rows, states);
   if (proj_layout.gate > 0) {
-    Product(w.gate_proj, proj.Columns(proj_layout.gate_begin()), gate, rows);
-    LogSigmoidGate(device, {.x = static_cast<const float*>(gate.data),
+    const Rows low_rank = proj.Columns(proj_layout.gate_begin());
+    GateProjection(device, {.x = low_rank.data,
+                            .weight = &w.gate_proj,
                             .bias = w.gate_bias.as<float>(),
                             .y = static_cast<float*>(gate.data),
                             .rows = rows,
-                            .dim = proj_layout.k,
+                            .x_stride = low_rank.stride,
+                            .x_dtype = low_rank.dtype,
                             .normalizer = config.gate_logit_normalizer,
                             .clamp_min = config.clamp_min ? &*config.clamp_min : nullptr});
   }

@@ -246,6 +246,73 @@ TEST(LogSigmoidGate, WorksInPlace) {
   EXPECT_TRUE(IsSameBits(Download<float>(a, 100), Download<float>(b, 100)));
 }
 
+TEST(GateProjection, EqualsArithmeticForEveryWidth) {
+  const float clamp = -0.25f;
+  for (const int in : {1, 5, 16, 64, 65, 200}) {
+    for (const int rows : {1, 8, 21}) {
+      for (DType dtype : kActTypes) {
+        const int out = 133, stride = (in + 7) / 8 * 8 + 8;
+        const auto x = Rounded(Normal(rows * stride, 1, 1), dtype);
+        const auto weight = Rounded(Normal(out * in, 1, 2), dtype);
+        const auto bias = Normal(out, 2, 3);
+        DeviceBuffer dx = UploadAs(x, dtype), dbias = Upload(bias);
+        const PackedWeight packed(TestDevice(), {{.data = weight.data(), .rows = out, .cols = in}},
+                                  dtype);
+        for (const bool with_bias_and_clamp : {false, true}) {
+          DeviceBuffer dy = Poisoned(rows * out, DType::kFloat32);
+          GateProjection(TestDevice(), {.x = dx.data(),
+                                        .weight = &packed,
+                                        .bias = with_bias_and_clamp ? dbias.as<float>() : nullptr,
+                                        .y = dy.as<float>(),
+                                        .rows = rows,
+                                        .x_stride = stride,
+                                        .x_dtype = dtype,
+                                        .normalizer = 16,
+                                        .clamp_min = with_bias_and_clamp ? &clamp : nullptr});
+          const auto y = Download<float>(dy, rows * out);
+          for (int r = 0; r < rows; ++r) {
+            for (int c = 0; c < out; ++c) {
+              double sum = with_bias_and_clamp ? bias[c] : 0, size = std::abs(sum);
+              for (int i = 0; i < in; ++i) {
+                const double term = static_cast<double>(x[r * stride + i]) * weight[c * in + i];
+                sum += term, size += std::abs(term);
+              }
+              const double want =
+                  reference::LogSigmoidGate(sum, 16, with_bias_and_clamp ? &clamp : nullptr);
+              ASSERT_NEAR(y[r * out + c], want, 1e-6 * (1 + size) / 16) << in << " x " << rows;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(GateProjection, ARowsBitsDependOnThatRowAlone) {
+  const int in = 16, out = 512, rows = 37;
+  for (DType dtype : kActTypes) {
+    const auto x = Normal(rows * in, 1, 1), weight = Normal(out * in, 1, 2);
+    DeviceBuffer dx = UploadAs(x, dtype);
+    const PackedWeight packed(TestDevice(), {{.data = weight.data(), .rows = out, .cols = in}},
+                              dtype);
+    const auto run = [&](int first, int count) {
+      DeviceBuffer dy = Poisoned(count * out, DType::kFloat32);
+      GateProjection(TestDevice(), {.x = dx.as<char>() + first * in * SizeOf(dtype),
+                                    .weight = &packed,
+                                    .y = dy.as<float>(),
+                                    .rows = count,
+                                    .x_stride = in,
+                                    .x_dtype = dtype,
+                                    .normalizer = 16});
+      return Download<float>(dy, count * out);
+    };
+    const auto all = run(0, rows);
+    for (int r = 0; r < rows; ++r) {
+      EXPECT_TRUE(IsSameBits(run(r, 1), {all.begin() + r * out, all.begin() + (r + 1) * out})) << r;
+    }
+  }
+}
+
 // ---- Feature maps -------------------------------------------------------------------------------
 
 TEST(FeatureMap, EqualsArithmeticForEveryMap) {
@@ -386,6 +453,15 @@ TEST(Rows, NoRowsIsNoWork) {
                   .y_stride = 4,
                   .dtype = f32});
   LogSigmoidGate(device, {.x = nullptr, .y = nullptr, .rows = 0, .dim = 4, .normalizer = 16});
+  const std::vector<float> one = {1};
+  const PackedWeight weight(device, {{.data = one.data(), .rows = 1, .cols = 1}}, f32);
+  GateProjection(device, {.x = nullptr,
+                          .weight = &weight,
+                          .y = nullptr,
+                          .rows = 0,
+                          .x_stride = 1,
+                          .x_dtype = f32,
+                          .normalizer = 16});
   ApplyFeatureMap(device, {.map = FeatureMap::kRelu,
                            .x = nullptr,
                            .y = nullptr,
