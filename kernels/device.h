@@ -71,7 +71,8 @@ class Recording {
  public:
   // What `work` queues on `device`: kernels, copies and fills, but nothing that waits, allocates or
   // uploads. It is not run now. Everything it captures and every pointer it uses must live as long
-  // as the recording. The kernels it uses must have run before (code is loaded at the first run).
+  // as the recording. The same work must have run before, with the same sizes and strides: the
+  // first run loads code and chooses algorithms.
   Recording(Device& device, std::function<void()> work);
   ~Recording();
   Recording(Recording&& other) noexcept;

@@ -110,6 +110,7 @@ absl::StatusOr<std::unique_ptr<Engine::Core>> Engine::Core::Create(Device& devic
                                                 .vocab = model.config().vocab_size}));
   GLA_ASSIGN_OR_RETURN(auto pool, StatePool::Create(device, options.num_slots, model.state_bytes(),
                                                     options.poison_freed_slots));
+  model.Record(pool->states());
   metrics.slots_total.Set(static_cast<double>(pool->num_slots()));
   metrics.state_bytes_per_session.Set(static_cast<double>(model.state_bytes()));
   return std::unique_ptr<Core>(

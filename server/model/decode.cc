@@ -16,26 +16,13 @@ constexpr int kFewRows = 256;  // see ModelOptions::batch_invariant
 }  // namespace
 
 void Model::Impl::SetDecode(const StepPlan& plan, char* states, const int32_t* sampled) {
-  const int rows = RoundedDecodeRows(plan.num_decode);
-  if (options.record_decode) {
-    if (states != recorded_states) {
-      recordings.clear();
-      recorded_states = states;
-    }
-    if (recordings.find(rows) == recordings.end()) {
-      // A first run outside of the recording, on rows that touch no slot, loads the kernels' code.
-      decode_inputs->SetEmpty(rows);
-      QueueDecode(rows, states);
-      const auto work = [this, rows, states] { QueueDecode(rows, states); };
-      recordings.emplace(rows, Recording(device, work));
-    }
-  }
+  if (options.record_steps) RecordDecode(RoundedDecodeRows(plan.num_decode), states);
   SetDecodeInputs(plan, sampled);
 }
 
 void Model::Impl::RunDecode(const StepPlan& plan, char* states, int32_t* finite) {
   const int rows = RoundedDecodeRows(plan.num_decode);
-  if (options.record_decode) {
+  if (options.record_steps) {
     recordings.at(rows).Replay();
   } else {
     QueueDecode(rows, states);

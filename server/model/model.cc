@@ -193,9 +193,9 @@ const float* Model::Impl::Forward(const StepPlan& plan, char* states, int32_t* f
   std::optional<StepPlan> rest;
   if (decode > 0 && !all_decode) rest = WithoutDecode(plan);
   const StepPlan& others = rest.has_value() ? *rest : plan;
-  if (!all_decode) SetRows(others, sampled);
+  if (!all_decode) SetRows(others, states, sampled);
   const auto run_decode = [&] { RunDecode(plan, states, finite); };
-  const auto run_rows = [&] { RunRows(others.num_rows(), states); };
+  const auto run_rows = [&] { RunRows(others, states); };
   if (decode > 0 && !all_decode && RunsBeside(decode)) {
     device.SideBySide(run_rows, run_decode);
   } else {
@@ -214,17 +214,31 @@ void Model::Impl::ResolveSampled(const std::vector<int32_t>& tokens, int32_t* de
       {.tokens = device_tokens, .sampled = sampled, .rows = static_cast<int>(tokens.size())});
 }
 
-void Model::Impl::SetRows(const StepPlan& plan, const int32_t* sampled) {
-  // The normalized form keeps a running key sum, which only the recurrent kernel has.
-  const bool chunkwise =
-      options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
-  inputs->Set(plan, chunkwise, max_run_seqs());
+// The normalized form keeps a running key sum, which only the recurrent kernel has.
+bool Model::Impl::is_chunkwise() const {
+  return options.prefill_form == PrefillForm::kChunkwise && !config.norm_feature_map;
+}
+
+std::optional<StepShape> Model::Impl::ShapeOf(const StepPlan& plan) const {
+  if (!MayRecord() || plan.num_seqs() > max_run_seqs()) return std::nullopt;
+  return StepShape::Around(plan, options.max_rows, max_shape_seqs());
+}
+
+void Model::Impl::SetRows(const StepPlan& plan, char* states, const int32_t* sampled) {
+  const std::optional<StepShape> shape = ShapeOf(plan);
+  if (shape.has_value()) RecordRows(*shape, states);
+  inputs->Set(plan, is_chunkwise(), max_run_seqs(), shape);
   ResolveSampled(plan.tokens, inputs->tokens, sampled);
 }
 
-void Model::Impl::RunRows(int rows, char* states) {
+void Model::Impl::RunRows(const StepPlan& plan, char* states) {
   step = &*inputs;
-  Layers(rows, states);
+  const std::optional<StepShape> shape = ShapeOf(plan);
+  if (shape.has_value()) {
+    row_recordings.at(*shape).Replay();
+  } else {
+    Layers(plan.num_rows(), states);
+  }
 }
 
 void Model::Impl::FinishRows(const StepPlan& plan, int32_t* finite, int first_logit) {
@@ -305,6 +319,8 @@ int64_t Model::weight_bytes() const { return impl_->weights.bytes(); }
 int64_t Model::embedding_bytes() const {
   return static_cast<int64_t>(impl_->weights.embeddings.bytes());
 }
+
+void Model::Record(void* states) { impl_->Record(static_cast<char*>(states)); }
 
 const float* Model::Forward(const StepPlan& plan, void* states, int32_t* finite,
                             const int32_t* sampled) {

@@ -31,8 +31,9 @@ struct ModelOptions {
   // How states rest in their slots; arithmetic on them is float32.
   StateFormat state_format = StateFormat::kFloat32;
   // GPU: the decode rows of a step are replayed from a recording of their kernels (a CUDA graph,
-  // one for each of a few numbers of rows). False: queued anew in every step.
-  bool record_decode = true;
+  // one for each of a few numbers of rows), and so are up to 1024 other rows. False: queued anew in
+  // every step.
+  bool record_steps = true;
   // False: in steps of more than 256 decode rows the products of a GPU are cuBLASLt's, which are
   // faster there but add in another order than the kernels for few rows. Then a decode row's bits
   // depend on whether its step had more than 256.
@@ -61,6 +62,10 @@ class Model {
   int64_t weight_bytes() const;
   // The embedding table, counted in weight_bytes(): a step reads one row of it per token.
   int64_t embedding_bytes() const;
+
+  // GPU, with record_steps: makes all recordings of steps on the states at `states`, which take
+  // some ms each; otherwise the first step of each size makes its own.
+  void Record(void* states);
 
   // Runs the plan over the state slots at `states` (device memory; slot s at s * state_bytes())
   // and returns the logits [R, vocab] float32 in device memory, valid until the next call. Queued,

@@ -1,6 +1,7 @@
 // The inside of Model: activation memory, and one function per block of the network.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -69,8 +70,8 @@ struct Model::Impl : Activations {
   const float* Forward(const StepPlan& plan, char* states, int32_t* finite, const int32_t* sampled);
   // All rows of the plan by the kernels of kernels.h: their inputs; the layers; and whether they
   // are finite and logits, from row `first_logit` on.
-  void SetRows(const StepPlan& plan, const int32_t* sampled);
-  void RunRows(int rows, char* states);
+  void SetRows(const StepPlan& plan, char* states, const int32_t* sampled);
+  void RunRows(const StepPlan& plan, char* states);
   void FinishRows(const StepPlan& plan, int32_t* finite, int first_logit);
   // Puts what was sampled in place of the tokens below 0.
   void ResolveSampled(const std::vector<int32_t>& tokens, int32_t* device_tokens,
@@ -78,6 +79,17 @@ struct Model::Impl : Activations {
   void Embed(int rows);  // the step's tokens, into the residual stream
   void Layers(int rows, char* states);
   void JudgeRows(Rows x, int rows, int32_t* finite);  // what the layers left there
+  // See Model::Record; and one number of decode rows, and one shape of others, unless it has been
+  // recorded on these states.
+  void Record(char* states);
+  void ForgetRecordings(const char* states);  // of other states than these
+  void RecordDecode(int rows, char* states);
+  void RecordRows(const StepShape& shape, char* states);
+  bool MayRecord() const { return options.record_steps && decode_inputs.has_value(); }
+  // Of a plan without decode rows; none where it is not recorded.
+  std::optional<StepShape> ShapeOf(const StepPlan& plan) const;
+  int max_shape_seqs() const { return std::min(options.max_seqs, max_run_seqs()); }
+  bool is_chunkwise() const;
   // The plan's decode rows, recorded; see decode.cc: their inputs, and the rest.
   void SetDecode(const StepPlan& plan, char* states, const int32_t* sampled);
   void RunDecode(const StepPlan& plan, char* states, int32_t* finite);
@@ -130,8 +142,9 @@ struct Model::Impl : Activations {
   // Kernels of their own for decode rows, and whether they serve this model.
   const DecodeKernels* const decode_kernels = DecodeKernels::Get();
   bool is_fused = false;
-  std::map<int, Recording> recordings;  // by rows
-  const void* recorded_states = nullptr;
+  std::map<int, Recording> recordings;            // of decode rows, by their number
+  std::map<StepShape, Recording> row_recordings;  // of others
+  const char* recorded_states = nullptr;
 
   std::vector<DeviceBuffer> buffers;  // the activations' memory
   bool out_of_memory = false;

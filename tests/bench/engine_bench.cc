@@ -300,7 +300,7 @@ absl::StatusOr<std::unique_ptr<Model>> MakeModel(Device& device, const Flags& fl
   ModelOptions options{.dtype = flags.dtype,
                        .prefill_form = flags.form,
                        .state_format = flags.state,
-                       .record_decode = flags.record,
+                       .record_steps = flags.record,
                        .batch_invariant = flags.batch_invariant};
   const int max_mixed = MaxOf(flags.mixed, 0);
   const int max_decode = MaxOf(flags.seqs, 1);

@@ -2,10 +2,12 @@
 // same tokens give as prompts.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
 
+#include "model/step_inputs.h"
 #include "tests/testing/feed.h"
 #include "tests/testing/tiny_model.h"
 
@@ -78,7 +80,7 @@ double RmsRatio(const std::vector<float>& got, const std::vector<float>& want) {
 TEST_P(DecodeTest, ARowIsTheSameInEveryStepAndRecordedOrNot) {
   const auto model = MakeModel(Options());
   ModelOptions options = Options();
-  options.record_decode = false;
+  options.record_steps = false;
   const auto unrecorded = MakeModel(options);
   Feeder all = ValueOrDie(Feeder::Create(*device_, *model, kSeqs));
   Feeder some = ValueOrDie(Feeder::Create(*device_, *model, kSeqs));
@@ -137,6 +139,46 @@ TEST_P(DecodeTest, APromptIsTheSameBesideDecodeRowsAndAlone) {
     EXPECT_TRUE(SameBits(&got[decode * vocab], want.data(), vocab));
     const std::vector<float> a = beside.State(decode), b = alone.State(decode);
     EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0);
+  }
+}
+
+// A recording serves plans of about its size: each is met first, recorded, then replayed for
+// others.
+TEST_P(DecodeTest, PromptsAreTheSameRecordedOrNot) {
+  const std::vector<int> lengths[] = {{40},    {63},          {1, 63, 20}, {30, 2, 40},
+                                      {70, 5}, {3, 110},      {300},       {257},
+                                      {700},   {520, 100, 1}, {2, 600, 30}};
+  for (const PrefillForm form : {PrefillForm::kRecurrent, PrefillForm::kChunkwise}) {
+    ModelOptions options = Options();
+    options.max_rows = 700;
+    options.prefill_form = form;
+    const auto model = MakeModel(options);
+    options.record_steps = false;
+    const auto unrecorded = MakeModel(options);
+    Feeder recorded = ValueOrDie(Feeder::Create(*device_, *model, 4));
+    Feeder eager = ValueOrDie(Feeder::Create(*device_, *unrecorded, 4));
+    const int rounds = std::string(Device::backend()) == "cuda" ? 4 : 1;  // a CPU records nothing
+    for (int round = 0; round < rounds; ++round) {
+      for (const std::vector<int>& plan : lengths) {
+        std::vector<Feed> feeds;
+        for (const int length : plan) {
+          const auto slot = static_cast<int>(feeds.size() + round) % 4;
+          feeds.push_back({slot, {}, round == 0 || length == 1});
+          // Other lengths of the same rounded sizes.
+          for (int i = 0; i < length - std::min(round, length - 1); ++i) {
+            feeds.back().tokens.push_back(TokenOf(i + slot, round));
+          }
+        }
+        const std::vector<float> got = recorded.Step(feeds, LogitRows::kLast);
+        const std::vector<float> want = eager.Step(feeds, LogitRows::kLast);
+        EXPECT_TRUE(SameBits(got.data(), want.data(), want.size())) << round << ": " << plan[0];
+        for (int slot = 0; slot < 4; ++slot) {
+          if (round == 0 && slot >= static_cast<int>(plan.size())) continue;
+          const std::vector<float> a = recorded.State(slot), b = eager.State(slot);
+          EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * 4), 0) << round << ": " << plan[0];
+        }
+      }
+    }
   }
 }
 
@@ -207,6 +249,34 @@ TEST(BatchInvariant, NoGivesTheSameUpToRounding) {
   const double error = RmsRatio(logits_of(DType::kBFloat16, true), want);
   EXPECT_LT(error, 0.05);
   EXPECT_LT(RmsRatio(logits_of(DType::kBFloat16, false), want), 1.3 * error + 1e-3);
+}
+
+TEST(StepShape, IsAroundThePlanAndOneOfAll) {
+  for (const int max_rows : {40, 256, 700, 4096}) {
+    for (const int max_seqs : {1, 5, 37, 500}) {
+      const std::vector<StepShape> all = StepShape::All(max_rows, max_seqs);
+      for (const int longest : {1, 63, 64, 65, 400, 512, 513, 640, 1024, 1025}) {
+        for (const int others : {0, 1, 7, 8, 36, 63, 64, 499}) {
+          if (longest + others > max_rows || 1 + others > max_seqs) continue;
+          StepPlan plan;
+          plan.tokens.assign(longest + others, 0);
+          plan.read_slots.assign(1 + others, -1);
+          plan.cu_seqlens = {0};
+          for (int n = 0; n < others; ++n) plan.cu_seqlens.push_back(n + 1);
+          plan.cu_seqlens.push_back(longest + others);
+          const auto shape = StepShape::Around(plan, max_rows, max_seqs);
+          ASSERT_EQ(shape.has_value(), longest + others <= 1024 && others < 64);
+          if (!shape.has_value()) continue;
+          EXPECT_GE(shape->rows, longest + others);
+          EXPECT_LE(shape->rows, std::min(max_rows, longest + others + 127));
+          EXPECT_GE(shape->seqs, 1 + others);
+          EXPECT_LE(shape->seqs, max_seqs);
+          EXPECT_GE(shape->max_len, longest);
+          EXPECT_EQ(std::count(all.begin(), all.end(), *shape), 1) << longest << ", " << others;
+        }
+      }
+    }
+  }
 }
 
 TEST(StateFormats, ARunningKeySumIsFloat32Only) {

@@ -134,8 +134,7 @@ absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const std::string
   for (const Way& way : ways) {
     if (way.state != StateFormat::kFloat32 && config.norm_feature_map) continue;  // not offered
     if (model == nullptr || model->options().prefill_form != way.form ||
-        model->options().state_format != way.state ||
-        model->options().record_decode != way.record) {
+        model->options().state_format != way.state || model->options().record_steps != way.record) {
       GLA_ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(folder));
       const int rows = static_cast<int>(expected.batch * expected.length);
       GLA_ASSIGN_OR_RETURN(
@@ -146,7 +145,7 @@ absl::StatusOr<std::vector<GoldenCheck>> Judge(Device& device, const std::string
                               .max_logit_rows = rows,
                               .prefill_form = way.form,
                               .state_format = way.state,
-                              .record_decode = way.record,
+                              .record_steps = way.record,
                               .rotary_bfloat16_frequencies = rotary_bfloat16_frequencies}));
     }
     GLA_ASSIGN_OR_RETURN(Feeder feeder,
