@@ -1,5 +1,6 @@
 // The recurrence in both forms against the naive double-precision one.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -100,12 +101,12 @@ struct Result {
   std::vector<float> state;  // as in Inputs
 };
 
-Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& seqs) {
+Result RunAttention(Form form, const Case& c, const Inputs& in, const Sequences& seqs) {
   std::vector<float> host_gates = in.gates;
   if (c.kind != GateKind::kNone) host_gates.push_back(0);  // an array also when there are no rows
   DeviceBuffer qkv = UploadAs(in.qkv, c.dtype), gates = UploadAs(host_gates, c.gate_dtype),
                state = Upload(in.state);
-  const size_t o_size = size_t(seqs.num_rows()) * c.o_stride();
+  const size_t o_size = size_t(seqs.num_rows) * c.o_stride();
   DeviceBuffer o = Poisoned(std::max<size_t>(o_size, 1), c.dtype);
   const size_t width = SizeOf(c.dtype);
   LinearAttentionArgs args = {
@@ -119,7 +120,7 @@ Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& se
       .state = state.as<float>(),
       .key_sum_state = c.normalize ? state.as<float>() + c.state_size() : nullptr,
       .state_stride = c.state_stride(),
-      .seqs = seqs.view(),
+      .seqs = seqs,
       .num_heads = c.H,
       .num_kv_heads = c.G,
       .key_dim = c.K,
@@ -142,6 +143,10 @@ Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& se
     ChunkLinearAttention(TestDevice(), args);
   }
   return {DownloadAs(o, o_size, c.dtype), Download<float>(state, in.state.size())};
+}
+
+Result RunAttention(Form form, const Case& c, const Inputs& in, const Ragged& seqs) {
+  return RunAttention(form, c, in, seqs.view());
 }
 
 struct Expected {
@@ -517,6 +522,46 @@ TEST(ChunkLinearAttention, ManyLongSequencesKeepTheBitsOfEachAlone) {
         ASSERT_TRUE(IsSameBits(Slice(alone.state, at, c.state_size()),
                                Slice(all.state, at, c.state_size())))
             << "sequence " << n;
+      }
+    }
+  }
+}
+
+// What a recorded step relies on: rows behind the last sequence, sequences without rows and slots,
+// and a larger max_len.
+TEST(LinearAttention, UpperBoundsChangeNothing) {
+  const std::vector<int> plans[] = {{40}, {700}, {513}, {520, 100, 1}, {64, 900}, {1100}};
+  for (Form form : {Form::kRecurrent, Form::kChunk, Form::kChunkWorkspace}) {
+    for (GateKind kind : kKinds) {
+      for (int K : {64, 128, 256}) {
+        for (const std::vector<int>& lengths : plans) {
+          const Case c = {.H = 2, .G = 2, .K = K, .V = 64, .kind = kind, .dtype = DType::kBFloat16};
+          SCOPED_TRACE(c.name());
+          const Ragged exact(lengths, 0, 7);
+          Inputs in(c, exact.num_rows(), exact.num_slots);
+          const Result want = RunAttention(form, c, in, exact);
+          const int rows = exact.num_rows() + 100, seqs = exact.num_seqs() + 5;
+          in.qkv.resize(size_t(rows) * c.row_width(), NAN);
+          if (kind == GateKind::kScalar || kind == GateKind::kPerKey) {
+            in.gates.resize(size_t(rows) * c.gate_width(), NAN);
+          }
+          std::vector<int32_t> cu = exact.cu_seqlens, read = exact.read_slots,
+                               write = exact.write_slots;
+          cu.resize(seqs + 1, cu.back()), read.resize(seqs, -1), write.resize(seqs, -1);
+          const DeviceBuffer d_cu = Upload(cu), d_read = Upload(read), d_write = Upload(write);
+          const Result got = RunAttention(form, c, in,
+                                          {.cu_seqlens = d_cu.as<int32_t>(),
+                                           .read_slots = d_read.as<int32_t>(),
+                                           .write_slots = d_write.as<int32_t>(),
+                                           .num_seqs = seqs,
+                                           .num_rows = rows,
+                                           .max_len = rows});
+          ASSERT_TRUE(IsSameBits(got.state, want.state)) << lengths[0];
+          const auto o = Slice(got.o, 0, want.o.size());
+          ASSERT_EQ(std::memcmp(o.data(), want.o.data(), o.size() * sizeof(float)), 0)
+              << lengths[0];
+          ASSERT_TRUE(AllNaN(Slice(got.o, want.o.size(), got.o.size() - want.o.size())));
+        }
       }
     }
   }
