@@ -251,19 +251,32 @@ def test_19_stale_position(server):
 @pytest.mark.parametrize("after", [0, 1, 20])
 def test_20_cancel(server, after):
     cancelled = server.metric("gla_finished_total", reason="cancelled")
-    server.sessions.CreateSession(spb.CreateSessionRequest(session_id="c"))
-    stream = server.inference.Generate(request([1] + [300] * 3000 if after == 0 else [1, 300],
-                                               session_id="c", **LONG))
+    server.sessions.CreateSession(spb.CreateSessionRequest(session_id=f"c{after}"))
+    stream = server.inference.Generate(request([1] + [300] * 30000 if after == 0 else [1, 300],
+                                               session_id=f"c{after}", **LONG))
+    if after == 0:  # a call cancelled before the server reads it never becomes a request
+        wait_for(lambda: server.metric("gla_requests_running") == 1, 5, "running request")
     for _ in range(after):
         next(stream)
     stream.cancel()
     server.wait_idle(5)
     assert server.metric("gla_finished_total", reason="cancelled") == cancelled + 1
-    session = server.sessions.GetSession(spb.GetSessionRequest(session_id="c"))
+    session = server.sessions.GetSession(spb.GetSessionRequest(session_id=f"c{after}"))
     assert not session.busy
     assert session.position >= (after + 1 if after else 0)
-    generate(server, [5], session_id="c", max_new_tokens=2, expected_position=session.position)
-    server.sessions.DeleteSession(spb.DeleteSessionRequest(session_id="c"))
+    generate(server, [5], session_id=f"c{after}", max_new_tokens=2,
+             expected_position=session.position)
+    server.sessions.DeleteSession(spb.DeleteSessionRequest(session_id=f"c{after}"))
+
+
+def test_20_cancel_at_once(server):
+    """Before, while or after the server reads the call: nothing stays behind."""
+    for number in range(50):
+        stream = server.inference.Generate(request(**LONG))
+        time.sleep(number * 1e-4)
+        stream.cancel()
+    generate(server, [1, 300], max_new_tokens=2)
+    server.wait_idle(5)
 
 
 def test_20_cancel_at_the_last_token(server):
