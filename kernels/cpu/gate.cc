@@ -7,6 +7,7 @@
 // After foreach_target.h
 #include "kernels/cpu/common.h"
 #include "kernels/cpu/simd-inl.h"
+#include "kernels/gate_projection.h"
 #include "kernels/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -50,23 +51,7 @@ void LogSigmoidGate(Device& device, const LogSigmoidGateArgs& a) {
   });
 }
 
-void GateProjection(Device& device, const GateProjectionArgs& a) {
-  Matmul(device, {.x = a.x,
-                  .weight = a.weight,
-                  .y = a.y,
-                  .rows = a.rows,
-                  .x_stride = a.x_stride,
-                  .y_stride = a.weight->out(),
-                  .x_dtype = a.x_dtype,
-                  .y_dtype = DType::kFloat32});
-  LogSigmoidGate(device, {.x = a.y,
-                          .bias = a.bias,
-                          .y = a.y,
-                          .rows = a.rows,
-                          .dim = a.weight->out(),
-                          .normalizer = a.normalizer,
-                          .clamp_min = a.clamp_min});
-}
+void GateProjection(Device& device, const GateProjectionArgs& a) { ProductThenGate(device, a); }
 
 }  // namespace gla
 #endif  // HWY_ONCE

@@ -1,6 +1,7 @@
 // y = max(log(sigmoid(x + bias)) / normalizer, clamp_min), and the same of a low-rank product.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/gate_projection.h"
 #include "kernels/kernels.h"
 
 namespace gla {
@@ -39,8 +40,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // A thread to a column and kRows rows, whose inputs the block shares. An output is one chain in the
 // order of the inputs.
-constexpr int kMostInputs = 64;
-constexpr int kColumns = 128, kRows = 8;
+constexpr int kMostInputs = 64, kColumns = 128, kRows = 8;
 
 template <typename T>
 __global__ void __launch_bounds__(kColumns)
@@ -100,24 +100,7 @@ void GateProjection(Device& device, const GateProjectionArgs& a) {
   const PackedWeight& w = *a.weight;
   GLA_REQUIRES(a.x_dtype == w.dtype(), "on CUDA a weight is multiplied in its own type");
   if (a.rows == 0) return;
-  if (w.in() > kMostInputs) {
-    Matmul(device, {.x = a.x,
-                    .weight = a.weight,
-                    .y = a.y,
-                    .rows = a.rows,
-                    .x_stride = a.x_stride,
-                    .y_stride = w.out(),
-                    .x_dtype = a.x_dtype,
-                    .y_dtype = DType::kFloat32});
-    LogSigmoidGate(device, {.x = a.y,
-                            .bias = a.bias,
-                            .y = a.y,
-                            .rows = a.rows,
-                            .dim = w.out(),
-                            .normalizer = a.normalizer,
-                            .clamp_min = a.clamp_min});
-    return;
-  }
+  if (w.in() > kMostInputs) return ProductThenGate(device, a);
   const int blocks_per_row = CeilDiv(w.out(), kColumns);
   const int64_t blocks = int64_t{CeilDiv(a.rows, kRows)} * blocks_per_row;
   WithActType(a.x_dtype, [&]<typename T>() {
