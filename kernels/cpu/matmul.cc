@@ -62,8 +62,10 @@ HWY_INLINE hn::Vec<D> LoadWeights(D d, const float* w, size_t vec) {
   return hn::Load(d, w + (2 * kOdd + vec) * hn::Lanes(d));
 }
 
-// sums [kRows, kPanels * width] = x [kRows, 2 * pairs] times kPanels neighbouring panels.
-template <int kRows, int kPanels, typename W>
+// sums [kRows, kPanels * width] = x [kRows, 2 * pairs] times kPanels neighbouring panels. Fetches
+// to the second-level cache meanwhile: for one row what lies kAhead bytes ahead, for several the
+// next panel.
+template <int kRows, int kPanels, int kAhead, typename W>
 HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY_RESTRICT panels,
                      int pairs, float* HWY_RESTRICT sums) {
   const FloatTag d;
@@ -92,11 +94,11 @@ HWY_INLINE void Tile(const float* HWY_RESTRICT x, int64_t x_stride, const W* HWY
   };
   const W* HWY_RESTRICT w = panels;
   for (int k = 0; k < pairs; ++k, w += pair_size, x += 2) {
-    // The next panel, into the second-level cache; one row streams fast enough without.
-    if constexpr (kRows > 1) {
+    if constexpr (kRows > 1 || kAhead > 0) {
+      const size_t ahead = kRows > 1 ? panel_size * sizeof(W) : kAhead;
 #pragma GCC unroll 8
       for (size_t byte = 0; byte < pair_size * sizeof(W); byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + panel_size) + byte, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + byte, 0, 2);
       }
     }
     step.template operator()<0>(w, x);
@@ -128,7 +130,7 @@ int MaxTileRows() { return kMaxTileRows; }
 template <typename W, int kRows = kMaxTileRows>
 HWY_INLINE void TileOfRows(int rows, const float* x, int64_t x_stride, const W* panel, int pairs,
                            float* sums) {
-  if (rows == kRows) return Tile<kRows, 1>(x, x_stride, panel, pairs, sums);
+  if (rows == kRows) return Tile<kRows, 1, 0>(x, x_stride, panel, pairs, sums);
   if constexpr (kRows > 1) TileOfRows<W, kRows - 1>(rows, x, x_stride, panel, pairs, sums);
 }
 
@@ -165,18 +167,19 @@ void MultiplyPanels(const MatmulArgs& a, const MatmulRows& x, int tile0, int til
   const int out = a.weight->out();
   const size_t panel_size = size_t{2} * width * x.pairs;
   HWY_ALIGN float sums[kMaxTileRows * 2 * HWY_MAX_BYTES / sizeof(float)];
+  const bool is_cached = a.weight->bytes() <= kCachedBytes;
   int panel = panel0;
   if constexpr (std::is_same_v<X, float>) {
-    const auto pass = [&]<int kPanels>() HWY_ATTR {
+    const auto pass = [&]<int kPanels, int kAhead>() HWY_ATTR {
       for (; panel + kPanels <= panel1; panel += kPanels) {
         const W* weight = static_cast<const W*>(a.weight->data()) + panel * panel_size;
-        Tile<1, kPanels>(static_cast<const float*>(x.data), 0, weight, x.pairs, sums);
+        Tile<1, kPanels, kAhead>(static_cast<const float*>(x.data), 0, weight, x.pairs, sums);
         const int out0 = panel * width;
         StoreTile(a, sums, kPanels * width, 0, 1, out0, std::min(kPanels * width, out - out0));
       }
     };
-    if (a.rows == 1 && a.weight->bytes() <= kCachedBytes) pass.template operator()<kCachedPanels>();
-    if (a.rows == 1) pass.template operator()<kMemoryPanels>();
+    if (a.rows == 1 && is_cached) pass.template operator()<kCachedPanels, 0>();
+    if (a.rows == 1) pass.template operator()<kMemoryPanels, kStreamAhead>();
   }
   for (; panel < panel1; ++panel) {
     const W* weight = static_cast<const W*>(a.weight->data()) + panel * panel_size;
@@ -185,7 +188,7 @@ void MultiplyPanels(const MatmulArgs& a, const MatmulRows& x, int tile0, int til
       const int row0 = x.first_row(tile), rows = x.first_row(tile + 1) - row0;
       const X* from = static_cast<const X*>(x.data) + row0 * x.stride;
       if constexpr (std::is_same_v<X, BFloat16>) {
-        DotTile(rows, from, x.stride, weight, x.pairs, sums);
+        DotTile(rows, from, x.stride, weight, x.pairs, is_cached, sums);
       } else {
         TileOfRows<W>(rows, from, x.stride, weight, x.pairs, sums);
       }

@@ -13,10 +13,10 @@ namespace {
 
 #define GLA_DOT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
-template <int kRows>
+template <int kRows, int kAhead>
 GLA_DOT_TARGET void Tile(const BFloat16* __restrict x, int64_t x_stride,
                          const BFloat16* __restrict panel, int pairs, float* __restrict sums) {
-  const size_t panel_bytes = size_t{4} * kDotPanelWidth * pairs;
+  const size_t ahead = kRows > 1 ? size_t{4} * kDotPanelWidth * pairs : kAhead;
   const char* const w = reinterpret_cast<const char*>(panel);
   __m512 acc[kRows][2];
 #pragma GCC unroll 8
@@ -30,8 +30,7 @@ GLA_DOT_TARGET void Tile(const BFloat16* __restrict x, int64_t x_stride,
     for (int v = 0; v < 2; ++v) {
       const char* from = w + size_t{128} * k + 64 * v;
       words[v] = (__m512bh)_mm512_load_si512(from);
-      // The next panel, into the second-level cache; one row streams fast enough without.
-      if (kRows > 1) __builtin_prefetch(from + panel_bytes, 0, 2);
+      if (ahead > 0) __builtin_prefetch(from + ahead, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -51,9 +50,15 @@ GLA_DOT_TARGET void Tile(const BFloat16* __restrict x, int64_t x_stride,
 
 template <int kRows = kMaxDotRows>
 void TileOfRows(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
-                float* sums) {
-  if (rows == kRows) return Tile<kRows>(x, x_stride, panel, pairs, sums);
-  if constexpr (kRows > 1) TileOfRows<kRows - 1>(rows, x, x_stride, panel, pairs, sums);
+                bool is_cached, float* sums) {
+  if (rows != kRows) {
+    if constexpr (kRows > 1)
+      TileOfRows<kRows - 1>(rows, x, x_stride, panel, pairs, is_cached, sums);
+  } else if (kRows == 1 && !is_cached) {
+    Tile<kRows, kStreamAhead>(x, x_stride, panel, pairs, sums);
+  } else {
+    Tile<kRows, 0>(x, x_stride, panel, pairs, sums);
+  }
 }
 
 }  // namespace
@@ -65,15 +70,17 @@ bool HasDotInstruction() {
 }
 
 void DotTile(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
-             float* sums) {
+             bool is_cached, float* sums) {
   GLA_CHECK(rows >= 1 && rows <= kMaxDotRows);
-  TileOfRows(rows, x, x_stride, panel, pairs, sums);
+  TileOfRows(rows, x, x_stride, panel, pairs, is_cached, sums);
 }
 
 #else
 
 bool HasDotInstruction() { return false; }
-void DotTile(int, const BFloat16*, int64_t, const BFloat16*, int, float*) { GLA_CHECK(false); }
+void DotTile(int, const BFloat16*, int64_t, const BFloat16*, int, bool, float*) {
+  GLA_CHECK(false);
+}
 
 #endif
 

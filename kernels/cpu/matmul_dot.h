@@ -12,13 +12,17 @@ namespace gla {
 inline constexpr int kDotPanelWidth = 32;
 inline constexpr int kMaxDotRows = 8;
 
+// What one row that streams a weight from memory fetches ahead, in bytes: the processor's own
+// prefetchers do not keep up everywhere (kernels/README.md).
+inline constexpr int kStreamAhead = 6144;
+
 bool HasDotInstruction();
 
 // sums [rows, 32] = x [rows, 2 * pairs] times a panel [pairs, 32] of words of two neighbours along
 // k. Each sum is one chain over the pairs: its bits do not depend on `rows`, which is in
-// [1, kMaxDotRows].
+// [1, kMaxDotRows]. is_cached: the weight is so small that it stays in a cache.
 // REQUIRES: HasDotInstruction().
 void DotTile(int rows, const BFloat16* x, int64_t x_stride, const BFloat16* panel, int pairs,
-             float* sums);
+             bool is_cached, float* sums);
 
 }  // namespace gla

@@ -24,7 +24,7 @@ std::vector<double> Time(Device& device, const std::function<void()>& work, int 
 }
 
 double ReadRate(Device& device) {
-  constexpr int64_t kLines = int64_t{1} << 22, kWordsPerLine = 8;  // 256 MiB
+  constexpr int64_t kLines = int64_t{1} << 24, kWordsPerLine = 8;  // 1 GiB, beyond any cache
   const DeviceBuffer from(device, kLines * kWordsPerLine * sizeof(uint64_t));
   if (!from.ok()) return 0;
   device.Fill(from.data(), 1, from.bytes());
