@@ -209,7 +209,7 @@ struct Sequences {
 // How a recurrent state rests in its slot.
 //   kFloat32  [heads, K, V] float32
 //   kInt16    [heads, K, V] integers plus 2^15 in 16 bits, and behind it (from the next multiple of
-//             16 bytes) [heads, K, ceil(V / 64)] float32 scales, one for 64 neighbours along V:
+//             16 bytes) [heads, ceil(V / 64), K] float32 scales, one for 64 neighbours along V:
 //               value = integer * scale, scale = m / 32767, integer = round(value * (32767 / m)),
 //             m the largest absolute value of the 64, each step in float32, ties to even. m below
 //             2^-100: the scale is 0, hence all 64. A value that is not finite makes it NaN.

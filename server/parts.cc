@@ -44,11 +44,22 @@ std::string ReplicaId(const Config& config) {
   return gethostname(name, sizeof(name) - 1) == 0 ? name : "";
 }
 
+// What a GPU's recorded steps take (GLA-340M: 44 MB), and more than that.
+constexpr int64_t kRecordingsMemory = int64_t{256} << 20;
+
+// The most memory that states can have.
+int64_t MostStateMemory(const Device& device) {
+  if (!IsCuda()) return std::numeric_limits<int64_t>::max();  // taken when touched
+  return static_cast<int64_t>(device.memory_free()) - kRecordingsMemory;
+}
+
 // The memory for states: what was asked for, or on the CPU a quarter of the memory up to 1 GiB but
 // room for one session, on a GPU most of what the weights have left.
 int64_t StateMemory(const Config& config, const Device& device, int64_t state_bytes) {
   if (config.state_memory > 0) return config.state_memory;
-  if (IsCuda()) return static_cast<int64_t>(device.memory_free()) / 5 * 4;
+  if (IsCuda()) {
+    return std::min(static_cast<int64_t>(device.memory_free()) / 5 * 4, MostStateMemory(device));
+  }
   const int64_t quarter = static_cast<int64_t>(device.memory_total()) / 4;
   const int64_t least = (config.max_num_seqs + 1) * state_bytes;
   return std::min(quarter, std::max(int64_t{1} << 30, least));
@@ -57,7 +68,13 @@ int64_t StateMemory(const Config& config, const Device& device, int64_t state_by
 absl::StatusOr<int64_t> NumSlots(const Config& config, const Device& device, const Model& model,
                                  Logger& log) {
   const int64_t state_bytes = model.state_bytes();
-  const int64_t memory = StateMemory(config, device, state_bytes);
+  const int64_t memory = StateMemory(config, device, state_bytes), most = MostStateMemory(device);
+  if (memory > most) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--state-memory: expected at most ", std::max<int64_t>(most, 0),
+                     " bytes, what is free on the device but for ", kRecordingsMemory,
+                     " bytes for recorded steps, got ", memory));
+  }
   const int64_t slots =
       std::min<int64_t>(memory / state_bytes, std::numeric_limits<int32_t>::max());
   if (slots <= config.max_num_seqs) {

@@ -22,23 +22,24 @@ struct Int16Scale {
   }
 };
 
-void UnpackRow(const uint16_t* from, const float* scales, int value_dim, float* to) {
-  for (int begin = 0; begin < value_dim; begin += kStateTile) {
-    const float scale = *scales++;
+// A row's scales lie key_dim apart.
+void UnpackRow(const uint16_t* from, const float* scales, int key_dim, int value_dim, float* to) {
+  for (int begin = 0; begin < value_dim; begin += kStateTile, scales += key_dim) {
+    const float scale = *scales;
     const int end = std::min(begin + kStateTile, value_dim);
     for (int c = begin; c < end; ++c) to[c] = static_cast<float>(from[c] - kInt16Zero) * scale;
   }
 }
 
-void PackRow(const float* from, int value_dim, uint16_t* to, float* scales) {
-  for (int begin = 0; begin < value_dim; begin += kStateTile) {
+void PackRow(const float* from, int key_dim, int value_dim, uint16_t* to, float* scales) {
+  for (int begin = 0; begin < value_dim; begin += kStateTile, scales += key_dim) {
     const int end = std::min(begin + kStateTile, value_dim);
     uint32_t largest = 0;
     for (int c = begin; c < end; ++c) {
       largest = std::max(largest, std::bit_cast<uint32_t>(from[c]) & 0x7FFFFFFFu);
     }
     const Int16Scale scale = Int16Scale::Of(largest);
-    *scales++ = scale.scale;
+    *scales = scale.scale;
     if (scale.inverse == 0) {
       std::fill(to + begin, to + end, uint16_t{kInt16Zero});
       continue;
@@ -61,7 +62,8 @@ void ForEachRow(Device& device, const Args& a, const F& f) {
   ParallelFor(device, a.num_states * rows, a.value_dim * kCopyNs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % rows;
-      f(int64_t{a.slots[i / rows]}, a.states + i * a.value_dim, row * a.value_dim, row * pieces);
+      const int64_t scale = row / a.key_dim * pieces * a.key_dim + row % a.key_dim;
+      f(int64_t{a.slots[i / rows]}, a.states + i * a.value_dim, row * a.value_dim, scale);
     }
   });
 }
@@ -80,7 +82,8 @@ void UnpackStates(Device& device, const UnpackStatesArgs& a) {
       std::copy_n(reinterpret_cast<const float*>(state) + at, a.value_dim, to);
     } else {
       UnpackRow(reinterpret_cast<const uint16_t*>(state) + at,
-                reinterpret_cast<const float*>(state + scales_at) + scale, a.value_dim, to);
+                reinterpret_cast<const float*>(state + scales_at) + scale, a.key_dim, a.value_dim,
+                to);
     }
   });
 }
@@ -93,7 +96,7 @@ void PackStates(Device& device, const PackStatesArgs& a) {
     if (a.format == StateFormat::kFloat32) {
       std::copy_n(from, a.value_dim, reinterpret_cast<float*>(state) + at);
     } else {
-      PackRow(from, a.value_dim, reinterpret_cast<uint16_t*>(state) + at,
+      PackRow(from, a.key_dim, a.value_dim, reinterpret_cast<uint16_t*>(state) + at,
               reinterpret_cast<float*>(state + scales_at) + scale);
     }
   });

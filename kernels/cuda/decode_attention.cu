@@ -2,23 +2,24 @@
 // that reads and writes each state once.
 //
 // A block has a (sequence, state head, 64 columns of V); the blocks of a head are a cluster, which
-// adds up the squares for the norm. The tile of the state goes to shared memory by asynchronous
-// copies, all of them under way before the kernel ahead has ended: the state's last writer, this
-// kernel in the step before, is far behind (launch.cuh). Each thread copies the bytes that it will
-// work on itself, so it waits for no other thread, and rows leave while later rows still arrive. Of
+// adds up the squares for the norm. The copy engine brings the tile of the state to shared memory,
+// all of it under way before the kernel ahead has ended: the state's last writer, this kernel in
+// the step before, is far behind (launch.cuh). (With copies by the threads, cp.async, whatever else
+// a block needs waits behind the states of the blocks beside it: two thirds of its time.) Of
 // float32, 16 lanes share the 64 columns of a row; of int16, 4 (8 where query heads share a state).
-// (The copies carry no cache hint: with one, CUDA 13.0 made copies that an H100 found illegal.)
 //
 // An int16 row is worked on in units of its decayed scale: with u = scale * decay, the new row is
 // u (x + (key / u) v), x the integers, so an element costs one FMA, and u is a factor of the query
 // and of the next scale. What a row needs once is found by one thread, before and after.
 //
 // The order of every sum is fixed by K, V and the format: down a thread's rows, over the rows of a
-// warp by shuffles or through shared memory, over the warps and then over the blocks of a head
-// through shared memory.
+// warp by shuffles, over the warps and then over the blocks of a head through shared memory.
+#include <numbers>
+
 #include "kernels/cuda/decode_entry.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace gla {
 namespace {
@@ -29,6 +30,13 @@ constexpr int kMostGroup = 8;      // query heads of a state
 constexpr int kMostKeys = 512;     // whose tile fits in shared memory
 constexpr int kMostTiles = 16;     // blocks of a cluster
 constexpr int kParts = 4;          // into which the copies of a tile are cut
+constexpr uint64_t kMostSlots = uint64_t{1} << 31;
+
+// The most keys of a launch with so many threads.
+template <StateFormat kFormat, int kThreads>
+constexpr int kMostKeysOf = kThreads == 256                  ? kMostKeys
+                            : kFormat == StateFormat::kInt16 ? 256
+                                                             : 128;
 
 // x * ceil(2^36 / d) >> 36 is x / d for x * d <= 2^36.
 constexpr int kInverseBits = 36, kMostHeads = 256;
@@ -39,28 +47,19 @@ struct Parameters {
   uint64_t inverse_tiles, inverse_heads, inverse_share;
   const bf16* gate_weight;  // [G * K, kRank]
   int64_t scales_at;        // int16: bytes from a state to its scales
-  float clamp_min;
+  float inverse_normalizer;
+  float clamp_min;  // of gates, as logarithms to base 2
   bool clamps;
   int group, tiles;
 };
 
-// ---- Asynchronous copies ------------------------------------------------------------------------
-
-// 4 bytes, zeros in their place when there is nothing to read.
-__device__ inline void CopyFourBytes(uint32_t to, const void* from, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
-               "r"(exists ? 4 : 0)
-               : "memory");
-}
-
 // ---- Clusters -----------------------------------------------------------------------------------
 
-// Until every block of the cluster has come here, with what it did to its barriers.
-__device__ inline void MeetCluster() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+// The second waits until every thread of the cluster has done the first.
+__device__ inline void ArriveAtCluster() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-  asm volatile("barrier.cluster.wait;" ::: "memory");
 }
+__device__ inline void WaitForCluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 // A barrier that opens once when `bytes` bytes have been sent to it.
 __device__ inline void ExpectBytes(uint64_t* barrier, int bytes) {
   InitBarrier(SharedAddress(barrier), 1);
@@ -78,35 +77,18 @@ __device__ inline void SendToRank(float* to, uint64_t* barrier, int rank, float 
       "r"(__float_as_uint(x)), "r"(remote_barrier)
       : "memory");
 }
-__device__ inline void WaitForBytes(uint64_t* barrier) {
-  uint32_t is_open = 0;
-  while (is_open == 0) {
-    asm volatile(
-        "{\n"
-        ".reg .pred open;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 open, [%1], 0;\n"
-        "selp.u32 %0, 1, 0, open;\n"
-        "}"
-        : "=r"(is_open)
-        : "r"(SharedAddress(barrier))
-        : "memory");
-  }
-}
 
 // ---- The two formats ----------------------------------------------------------------------------
 
 __device__ inline void Widen(uint32_t pair, float* x) {
   x[0] = __uint_as_float(pair << 16), x[1] = __uint_as_float(pair & 0xFFFF0000u);
 }
+// bfloat16s as they are loaded.
 template <int kCount>
-__device__ void LoadBf16(const bf16* from, float (&x)[kCount]) {
-  if constexpr (kCount == 4) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    Widen(raw.x, x), Widen(raw.y, x + 2);
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    Widen(raw.x, x), Widen(raw.y, x + 2), Widen(raw.z, x + 4), Widen(raw.w, x + 6);
-  }
+using RawOf = std::conditional_t<kCount == 4, uint2, uint4>;
+__device__ inline void Widen(uint2 raw, float* x) { Widen(raw.x, x), Widen(raw.y, x + 2); }
+__device__ inline void Widen(uint4 raw, float* x) {
+  Widen(raw.x, x), Widen(raw.y, x + 2), Widen(raw.z, x + 4), Widen(raw.w, x + 6);
 }
 
 // A lane's 16 bytes of a row.
@@ -116,6 +98,7 @@ struct Piece;
 template <>
 struct Piece<StateFormat::kFloat32> {
   static constexpr int kColumns = 4;
+  __device__ static uint4 Zeros() { return {}; }
   __device__ static void Unpack(uint4 raw, float (&s)[4]) {
     s[0] = __uint_as_float(raw.x), s[1] = __uint_as_float(raw.y);
     s[2] = __uint_as_float(raw.z), s[3] = __uint_as_float(raw.w);
@@ -150,11 +133,12 @@ struct Piece<StateFormat::kInt16> {
     }
     return {words[0], words[1], words[2], words[3]};
   }
-  // max(size, |x|), NaN when there is a NaN.
-  __device__ static float Largest(const float (&x)[8], float size) {
+  // The largest |x|, NaN when there is a NaN.
+  __device__ static float Largest(const float (&x)[8]) {
+    float size[4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) size = Larger(size, fabsf(x[i]));
-    return size;
+    for (int i = 0; i < 4; ++i) size[i] = Larger(fabsf(x[i]), fabsf(x[4 + i]));
+    return Larger(Larger(size[0], size[1]), Larger(size[2], size[3]));
   }
   __device__ static float Larger(float x, float y) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(y));
@@ -196,7 +180,8 @@ struct Piece<StateFormat::kInt16> {
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
-// Of a key: its decay and itself; of an int16 row, its unit and the key in units.
+// Of a key: its decay and itself; of an int16 row, its unit and the key in units, and at last the
+// size of the row in units.
 struct KeyRow {
   float decay, key;
 };
@@ -228,62 +213,86 @@ struct GateRow {
   }
 };
 
+// The logarithm to base 2 of the sigmoid of x, by the special function units: to 2^-21 and, close
+// to 0 (long memory), to 2^-16 of itself. Selections, because fminf and fmaxf would swallow a NaN.
+__device__ inline float LogSigmoid(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float z = exp2f(-fabsf(x) * kLog2E);
+  const float series = kLog2E * z * fmaf(z, fmaf(z, fmaf(z, -0.25f, 1.0f / 3), -0.5f), 1.0f);
+  const float log = z < 0x1p-6f ? series : __log2f(1.0f + z);
+  return (x > 0 ? 0.0f : x * kLog2E) - log;
+}
+
 // Pieces of a row that a lane has.
 template <StateFormat kFormat, int kGroup>
 constexpr int kPiecesOf = (kFormat == StateFormat::kInt16 && kGroup == 1) ? 2 : 1;
 
+// Bytes of the rows that a block's threads work on at a time, a box of the copy engine.
+template <StateFormat kFormat, int kThreads, int kGroup>
+constexpr int kPassBytes = (16 * kThreads) * kPiecesOf<kFormat, kGroup>;
+template <StateFormat kFormat>
+constexpr int kRowBytes = (kFormat == StateFormat::kFloat32 ? 4 : 2) * kTile;
+
 // Dynamic shared memory, in bytes from its start.
 template <StateFormat kFormat, int kThreads, int kGroup>
 struct Layout {
-  // Sums over warps are added where the tile was, so that more blocks fit.
-  static constexpr bool kSumsInTile = kPiecesOf<kFormat, kGroup> > 1;
-  static constexpr int kPartialStep = kSumsInTile ? 128 : kGroup * kTile;  // floats of a warp
-
-  int rows, queries, scales, partial, squares, barrier, total;
+  int rows, queries, partial, squares, barriers, total;
 
   __host__ __device__ explicit Layout(int key_dim)
       : rows(TileBytes(key_dim)),                                    // KeyRow [K]
         queries(rows + key_dim * static_cast<int>(sizeof(KeyRow))),  // [K][kGroup]
-        scales(queries + key_dim * kGroup * 4),                      // [K], then sizes in units
-        partial(kSumsInTile ? 0 : ScalesEnd(key_dim)),
-        squares(kSumsInTile ? ScalesEnd(key_dim)
-                            : partial + kThreads / 32 * kPartialStep * 4),  // [kGroup][tiles]
-        barrier(squares + kGroup * kMostTiles * 4),
-        total(barrier + 8) {}
+        partial(queries + key_dim * kGroup * 4),                     // [warps][kGroup][kTile]
+        squares(partial + kThreads / 32 * kGroup * kTile * 4),       // [kGroup][kMostTiles]
+        barriers(squares + kGroup * kMostTiles * 4),                 // parts', squares'
+        total(barriers + (kParts + 1) * 8) {}
 
  private:
   __host__ __device__ static int TileBytes(int key_dim) {
-    constexpr int kRowBytes = kTile * (kFormat == StateFormat::kFloat32 ? 4 : 2);
-    // A thread's two pieces of a row lie kThreads pieces apart: whole passes.
-    const int rows = kSumsInTile ? RoundUp(key_dim, kThreads * 32 / kRowBytes) : key_dim;
-    const int sums = kSumsInTile ? 64 * kThreads : 0;  // every thread's
-    return rows * kRowBytes > sums ? rows * kRowBytes : sums;
-  }
-  __host__ __device__ int ScalesEnd(int key_dim) const {
-    return scales + (kFormat == StateFormat::kInt16 ? RoundUp(key_dim, 4) * 4 : 0);
+    constexpr int kPass = kPassBytes<kFormat, kThreads, kGroup>;
+    return CeilDiv(key_dim, kPass / kRowBytes<kFormat>) * kPass;
   }
 };
 
+// Sums over the rows of a warp, in which lanes kAll / 2 rows apart hold the same kAll columns: a
+// lane is left with two of its columns, x[0] and x[1]; returns the first's number.
+template <int kCount, int kAll>
+__device__ int SumRows(float (&x)[kAll], int lane) {
+  if constexpr (kCount == 2) {
+    return 0;
+  } else {
+    constexpr int kHalf = kCount / 2, kMask = 16 * kCount / kAll;
+    const bool is_upper = (lane & kMask) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float keep = is_upper ? x[kHalf + i] : x[i], give = is_upper ? x[i] : x[kHalf + i];
+      x[i] = keep + __shfl_xor_sync(0xFFFFFFFFu, give, kMask);
+    }
+    return (is_upper ? kHalf : 0) + SumRows<kHalf>(x, lane);
+  }
+}
+
 // kGroup: at least the query heads of a state. kBlocks: on a multiprocessor, as registers allow.
 template <StateFormat kFormat, int kThreads, int kGroup, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const Parameters p) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    DecodeAttentionKernel(const Parameters p, const __grid_constant__ CUtensorMap states) {
   using Piece = Piece<kFormat>;
   constexpr bool kIsInt16 = kFormat == StateFormat::kInt16;
   constexpr int kColumns = Piece::kColumns, kPieces = kPiecesOf<kFormat, kGroup>;
   constexpr int kLanes = kTile / kColumns / kPieces;
   constexpr int kSideBySide = kThreads / kLanes;  // rows
+  constexpr int kPass = kPassBytes<kFormat, kThreads, kGroup>;
   constexpr int kWarps = kThreads / 32;
-  constexpr int kPartialStep = Layout<kFormat, kThreads, kGroup>::kPartialStep;
   constexpr int kElementBytes = 16 / kColumns;
-  extern __shared__ __align__(16) char shared[];
+  constexpr int kKeys = kMostKeysOf<kFormat, kThreads> / kThreads;  // of a thread
+  extern __shared__ __align__(128) char shared[];
   const DecodeAttentionArgs& a = p.a;
   const Layout<kFormat, kThreads, kGroup> layout(a.key_dim);
   KeyRow* const key_rows = reinterpret_cast<KeyRow*>(shared + layout.rows);
   float* const queries = reinterpret_cast<float*>(shared + layout.queries);
-  float* const scales = reinterpret_cast<float*>(shared + layout.scales);
   float* const partial = reinterpret_cast<float*>(shared + layout.partial);
   float* const squares = reinterpret_cast<float*>(shared + layout.squares);
-  uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared + layout.barrier);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + layout.barriers);
+  uint64_t* const squares_barrier = barriers + kParts;
 
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
   const uint64_t cluster = blockIdx.x * p.inverse_tiles >> kInverseBits;
@@ -300,136 +309,98 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
   for (int j = 0; j < kPieces; ++j) {
     has_columns[j] = tile * kTile + column + j * kPieceStep < value_dim;
   }
+  const int64_t scales_row = (int64_t{head} * p.tiles + tile) * key_dim;
+  char* const mine = shared + row0 * kRowBytes<kFormat> + column * kElementBytes;
+  const unsigned passes = CeilDiv<unsigned>(key_dim, kSideBySide);
 
   // What the kernel ahead does not touch: slots, state, the gate's weights.
   const int read = a.read_slots[seq], write = a.write_slots[seq];
-  const int64_t piece_at =
-      ((int64_t{head} * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
-  const int64_t row_step = int64_t{kSideBySide} * value_dim * kElementBytes;
-  char* const mine = shared + 16 * id;  // the first piece; 16 kThreads bytes to the next
-  const unsigned passes = CeilDiv<unsigned>(key_dim, kSideBySide);
-  {
-    const char* const state =
-        static_cast<const char*>(a.state) + (read < 0 ? 0 : read * a.state_stride);
-    if constexpr (kIsInt16) {
-      const float* from = reinterpret_cast<const float*>(state + p.scales_at) +
-                          int64_t{head} * key_dim * p.tiles + tile;
-#pragma unroll 1
-      for (int k = id; k < key_dim; k += kThreads) {
-        CopyFourBytes(SharedAddress(scales + k), from + int64_t{k} * p.tiles, read >= 0);
-      }
-      CommitCopies();
-    }
-    bool reads[kPieces], reads_all = true;
+  const bool shares_squares = a.normalize && p.tiles > 1;
+  GateRow gate_rows[kKeys];
+  const bool has_gate_rows = a.gate_kind == GateKind::kPerKey;
 #pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      reads[j] = read >= 0 && has_columns[j];
-      reads_all = reads_all && reads[j];
+  for (int i = 0; i < kKeys; ++i) {
+    const int k = id + i * kThreads;
+    if (has_gate_rows && k < key_dim) gate_rows[i].Load(p, int64_t{kv_head} * key_dim + k);
+  }
+  if (id == 0) {
+    PrefetchMap(states);
+    for (unsigned part = 0; part < kParts; ++part) InitBarrier(SharedAddress(barriers + part), 1);
+    if (shares_squares) {
+      ExpectBytes(squares_barrier, p.tiles * p.group * static_cast<int>(sizeof(float)));
     }
-    if constexpr (kIsInt16) {
-      // Copies of nothing leave bits of 0, which are not the integer 0.
-      const unsigned zero_passes = reads_all ? 0 : passes;
+    FenceBarriers();
 #pragma unroll 1
-      for (unsigned i = 0; i < zero_passes; ++i) {
-        if (row0 + i * kSideBySide >= key_dim) break;
-#pragma unroll
-        for (int j = 0; j < kPieces; ++j) {
-          if (reads[j]) continue;
-          *reinterpret_cast<uint4*>(mine + (i * kPieces + j) * 16 * kThreads) = Piece::Zeros();
-        }
-      }
-    }
-    const char* from = state + piece_at;
+    for (unsigned part = 0; part < (read < 0 ? 0 : kParts); ++part) {
+      const uint32_t barrier = SharedAddress(barriers + part);
+      const unsigned begin = passes * part / kParts, end = passes * (part + 1) / kParts;
+      ArriveExpecting(barrier, (end - begin) * kPass);
 #pragma unroll 1
-    for (unsigned part = 0; part < kParts; ++part) {
-#pragma unroll(kIsInt16 ? 1 : 4)
-      for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) {
-        if (row0 + i * kSideBySide < key_dim) {
-#pragma unroll
-          for (int j = 0; j < kPieces; ++j) {
-            if (kIsInt16 && !reads[j]) continue;
-            CopyAsync(SharedAddress(mine + (i * kPieces + j) * 16 * kThreads),
-                      from + j * kPieceStep * kElementBytes, reads[j]);
-          }
-        }
-        from += row_step;
+      for (unsigned i = begin; i < end; ++i) {
+        CopyBox(SharedAddress(shared + i * kPass), states, barrier, tile * kTile, i * kSideBySide,
+                head, read);
       }
-      CommitCopies();
     }
   }
-  GateRow gate_row;  // of this thread's first key
-  const bool has_gate_rows = a.gate_kind == GateKind::kPerKey;
-  if (has_gate_rows && id < key_dim) gate_row.Load(p, int64_t{kv_head} * key_dim + id);
-  const bool shares_squares = a.normalize && p.tiles > 1;
-  if (shares_squares) {
-    if (id == 0) ExpectBytes(barrier, p.tiles * p.group * static_cast<int>(sizeof(float)));
-    MeetCluster();
+  if (shares_squares) ArriveAtCluster();
+  float scales[kKeys] = {};
+  if constexpr (kIsInt16) {
+    const float* const from =
+        reinterpret_cast<const float*>(static_cast<const char*>(a.state) +
+                                       (read < 0 ? 0 : read * a.state_stride) + p.scales_at) +
+        scales_row;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int k = id + i * kThreads;
+      if (read >= 0 && k < key_dim) scales[i] = __ldcg(from + k);
+    }
+  }
+  if (read < 0) {
+    for (unsigned i = 0; i < passes; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        *reinterpret_cast<uint4*>(mine + i * kPass + j * kPieceStep * kElementBytes) =
+            Piece::Zeros();
+      }
+    }
   }
   WaitForPrevious();
   AllowNext();
 
-  float v[kPieces][kColumns] = {};
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    if (!has_columns[j]) continue;
-    LoadBf16(static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * value_dim +
-                 tile * kTile + column + j * kPieceStep,
-             v[j]);
-  }
-  {
-    const bf16* const k_row =
-        static_cast<const bf16*>(a.k) + seq * a.k_stride + int64_t{kv_head} * key_dim;
-    const bf16* const q_rows =
-        static_cast<const bf16*>(a.q) + seq * a.q_stride + int64_t{head} * p.group * key_dim;
-    float in[kRank], step_decay = 1;
-    if (has_gate_rows) {
-      const bf16* from = static_cast<const bf16*>(a.gate_in) + seq * a.gate_in_stride;
-      const uint4 low = *reinterpret_cast<const uint4*>(from);
-      const uint4 high = *reinterpret_cast<const uint4*>(from + 8);
-      Widen(low.x, in), Widen(low.y, in + 2), Widen(low.z, in + 4), Widen(low.w, in + 6);
-      Widen(high.x, in + 8), Widen(high.y, in + 10), Widen(high.z, in + 12), Widen(high.w, in + 14);
-    } else if (a.gate_kind == GateKind::kConstant) {
-      step_decay = expf(a.decay[head]);
-    } else if (a.gate_kind == GateKind::kScalar) {
-      step_decay = expf(a.gate[seq * a.gate_stride + kv_head]);
-    }
-#pragma unroll 1
-    for (int k = id; k < key_dim; k += kThreads) {
-      const float key = ToFloat(k_row[k]);
-      float q[kGroup];
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        q[g] = g < p.group ? ToFloat(q_rows[int64_t{g} * key_dim + k]) : 0.0f;
-      }
-      float decay = step_decay;
-      if (has_gate_rows) {
-        if (k != id) gate_row.Load(p, int64_t{kv_head} * key_dim + k);
-        const float x = gate_row.Product(in);
-        // As in gate.cu: selections, because fminf and fmaxf would swallow a NaN.
-        float gate = ((x > 0 ? 0.0f : x) - log1pf(expf(-fabsf(x)))) / a.gate_normalizer;
-        if (p.clamps && gate < p.clamp_min) gate = p.clamp_min;
-        decay = expf(gate);
-      }
-      if constexpr (kIsInt16) {
-        WaitCopies<kParts>();
-        const float unit = Piece::Unit(scales[k], decay, key);
-        key_rows[k] = {unit, __fdividef(key, unit)};
-#pragma unroll
-        for (int g = 0; g < kGroup; ++g) q[g] *= unit;
-      } else {
-        key_rows[k] = {decay, key};
-      }
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) queries[k * kGroup + g] = q[g];
-    }
-  }
-  // What the end needs, long before it is needed: two neighbouring columns of a head to a lane.
-  constexpr int kHeads = CeilDiv(kGroup, kWarps);  // of a warp
-  const int end_column = tile * kTile + 2 * lane;
+  // All of it is asked for before any is used.
+  constexpr int kHeads = CeilDiv(kGroup, kWarps);  // query heads of a warp, at the end
+  const int end_column = tile * kTile + 2 * lane;  // two neighbouring columns of a head to a lane
   const bool has_end = end_column < value_dim;
   const auto at_end = [&](int g) {  // in a row of H heads
     return (int64_t{head} * p.group + g) * value_dim + end_column;
   };
+  uint4 gate_in[2] = {};
+  if (has_gate_rows) {
+    const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.gate_in) +
+                                                             seq * a.gate_in_stride);
+    gate_in[0] = from[0], gate_in[1] = from[1];
+  }
+  bf16 raw_key[kKeys], raw_query[kKeys][kGroup];
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    const int k = id + i * kThreads;
+    if (k >= key_dim) break;
+    raw_key[i] = static_cast<const bf16*>(a.k)[seq * a.k_stride + int64_t{kv_head} * key_dim + k];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      if (g >= p.group) break;
+      raw_query[i][g] = static_cast<const bf16*>(
+          a.q)[seq * a.q_stride + (int64_t{head} * p.group + g) * key_dim + k];
+    }
+  }
+  RawOf<kColumns> raw_v[kPieces] = {};
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) {
+    if (!has_columns[j]) continue;
+    raw_v[j] = *reinterpret_cast<const RawOf<kColumns>*>(
+        static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * value_dim +
+        tile * kTile + column + j * kPieceStep);
+  }
   uint32_t output_gate[kHeads] = {};
   float2 norm_weight = {1, 1};
   if (has_end) {
@@ -444,20 +415,57 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
                                                           seq * a.output_gate_stride + at_end(g));
     }
   }
+  float step_decay = 1;
+  if (a.gate_kind == GateKind::kConstant) step_decay = expf(a.decay[head]);
+  if (a.gate_kind == GateKind::kScalar) step_decay = expf(a.gate[seq * a.gate_stride + kv_head]);
+
+  {
+    float in[kRank];
+    Widen(gate_in[0], in), Widen(gate_in[1], in + 8);
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int k = id + i * kThreads;
+      if (k >= key_dim) break;
+      const float key = ToFloat(raw_key[i]);
+      float decay = step_decay;
+      if (has_gate_rows) {
+        float gate = LogSigmoid(gate_rows[i].Product(in)) * p.inverse_normalizer;
+        if (p.clamps && gate < p.clamp_min) gate = p.clamp_min;
+        decay = exp2f(gate);
+      }
+      float unit = 1;
+      if constexpr (kIsInt16) {
+        unit = Piece::Unit(scales[i], decay, key);
+        key_rows[k] = {unit, __fdividef(key, unit)};
+      } else {
+        key_rows[k] = {decay, key};
+      }
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        queries[k * kGroup + g] = g < p.group ? ToFloat(raw_query[i][g]) * unit : 0.0f;
+      }
+    }
+  }
+  float v[kPieces][kColumns];
+#pragma unroll
+  for (int j = 0; j < kPieces; ++j) Widen(raw_v[j], v[j]);
   __syncthreads();
 
-  float o[kGroup][kPieces][kColumns] = {};
+  float o[kGroup][kPieces * kColumns] = {};
   char* const state = static_cast<char*>(a.state) + (write < 0 ? 0 : write * a.state_stride);
-  char* to = state + piece_at;
-  const auto step = [&](int i) {
+  char* to = state +
+             ((int64_t{head} * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
+  const int64_t row_step = int64_t{kSideBySide} * value_dim * kElementBytes;
+  const auto step = [&](unsigned i) {
     const int k = row0 + i * kSideBySide;
     if (k < key_dim) {  // the same for a whole warp
       float s[kPieces][kColumns];
       const KeyRow row = key_rows[k];
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        Piece::Unpack(*reinterpret_cast<const uint4*>(mine + (i * kPieces + j) * 16 * kThreads),
-                      s[j]);
+        Piece::Unpack(
+            *reinterpret_cast<const uint4*>(mine + i * kPass + j * kPieceStep * kElementBytes),
+            s[j]);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           s[j][c] = kIsInt16 ? fmaf(row.key, v[j][c], s[j][c])
@@ -470,13 +478,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) {
 #pragma unroll
-          for (int c = 0; c < kColumns; ++c) o[g][j][c] = fmaf(q, s[j][c], o[g][j][c]);
+          for (int c = 0; c < kColumns; ++c) {
+            o[g][j * kColumns + c] = fmaf(q, s[j][c], o[g][j * kColumns + c]);
+          }
         }
       }
       if constexpr (kIsInt16) {
-        float size = Piece::kLeastSize;
-#pragma unroll
-        for (int j = 0; j < kPieces; ++j) size = Piece::Largest(s[j], size);
+        // Beyond V there is no integer 0, but bits of 0.
+        float size = has_columns[0] ? Piece::Largest(s[0]) : 0.0f;
+        if constexpr (kPieces == 2) {
+          size = Piece::Larger(size, has_columns[1] ? Piece::Largest(s[1]) : 0.0f);
+        }
+        size = Piece::Larger(size, Piece::kLeastSize);
 #pragma unroll
         for (int mask = 1; mask < kLanes; mask *= 2) {
           size = Piece::Larger(size, __shfl_xor_sync(0xFFFFFFFFu, size, mask));
@@ -487,7 +500,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
           Piece::Store(to + j * kPieceStep * kElementBytes, Piece::Pack(s[j], inverse),
                        write >= 0 && has_columns[j]);
         }
-        if (lane % kLanes == 0) scales[k] = size;
+        __syncwarp();  // every lane has read the key
+        if (lane % kLanes == 0) key_rows[k].key = size;
       } else {
         if (write >= 0 && has_columns[0]) {
           __stcs(reinterpret_cast<float4*>(to), float4{s[0][0], s[0][1], s[0][2], s[0][3]});
@@ -496,68 +510,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
     }
     to += row_step;
   };
-#pragma unroll(kIsInt16 ? kParts : 1)
+#pragma unroll 1
   for (unsigned part = 0; part < kParts; ++part) {
-    if (part == 0) WaitCopies<3>();
-    if (part == 1) WaitCopies<2>();
-    if (part == 2) WaitCopies<1>();
-    if (part == 3) WaitCopies<0>();
+    if (read >= 0) WaitBarrier(SharedAddress(barriers + part), 0);
 #pragma unroll(kIsInt16 ? 1 : 2)
     for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) step(i);
   }
 
-  if constexpr (kPieces == 1) {
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        for (int mask = kLanes; mask < 32; mask *= 2) {
-          o[g][0][c] += __shfl_xor_sync(0xFFFFFFFFu, o[g][0][c], mask);
-        }
-      }
-      if (lane < kLanes) {
-        float* const part = partial + warp * kPartialStep + g * kTile + column;
-#pragma unroll
-        for (int c = 0; c < kColumns; c += 4) {
-          StoreFour(part + c, {o[g][0][c], o[g][0][c + 1], o[g][0][c + 2], o[g][0][c + 3]});
-        }
-      }
-    }
-  } else {
-    // Each thread's sums to where its pieces were; then two columns to a lane.
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-#pragma unroll
-      for (int c = 0; c < kColumns; c += 4) {
-        StoreFour(reinterpret_cast<float*>(mine + (j * kColumns + c) / 4 * 16 * kThreads),
-                  {o[0][j][c], o[0][j][c + 1], o[0][j][c + 2], o[0][j][c + 3]});
-      }
-    }
-    __syncwarp();
-    const int piece = 2 * lane / kPieceStep, in_piece = 2 * lane % kPieceStep;
-    const int four = (piece * kColumns + in_piece % kColumns) / 4;
-    const char* const from =
-        shared + (four * kThreads + 32 * warp + in_piece / kColumns) * 16 + 2 * lane % 4 * 4;
-    float2 sum = {0, 0};
-#pragma unroll
-    for (int row = 0; row < 32 / kLanes; ++row) {
-      const float2 one = *reinterpret_cast<const float2*>(from + row * kLanes * 16);
-      sum.x += one.x, sum.y += one.y;
-    }
-    __syncwarp();
-    *reinterpret_cast<float2*>(partial + warp * kPartialStep + 2 * lane) = sum;
+  for (int g = 0; g < kGroup; ++g) {
+    const int e = SumRows<kPieces * kColumns>(o[g], lane);
+    *reinterpret_cast<float2*>(partial + (warp * kGroup + g) * kTile + e / kColumns * kPieceStep +
+                               column + e % kColumns) = float2{o[g][0], o[g][1]};
   }
   __syncthreads();
   if constexpr (kIsInt16) {
-    float* const scales_to =
-        reinterpret_cast<float*>(state + p.scales_at) + int64_t{head} * key_dim * p.tiles + tile;
-#pragma unroll 1
-    for (int k = write < 0 ? key_dim : id; k < key_dim; k += kThreads) {
-      __stcs(scales_to + int64_t{k} * p.tiles, Piece::Scale(key_rows[k].decay, scales[k]));
+    float* const scales_to = reinterpret_cast<float*>(state + p.scales_at) + scales_row;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const int k = id + i * kThreads;
+      if (write < 0 || k >= key_dim) break;
+      __stcs(scales_to + k, Piece::Scale(key_rows[k].decay, key_rows[k].key));
     }
   }
 
   // A warp to a query head.
+  if (shares_squares) WaitForCluster();
   float2 x[kHeads] = {};
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
@@ -567,7 +545,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float2 part =
-          *reinterpret_cast<const float2*>(partial + w * kPartialStep + g * kTile + 2 * lane);
+          *reinterpret_cast<const float2*>(partial + (w * kGroup + g) * kTile + 2 * lane);
       sum.x += part.x, sum.y += part.y;
     }
     x[i] = has_end ? float2{sum.x * a.scale, sum.y * a.scale} : float2{0, 0};
@@ -576,11 +554,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
     if (!shares_squares) {
       if (lane == 0) squares[g * kMostTiles] = mine_squared;
     } else if (lane < p.tiles) {
-      SendToRank(squares + g * kMostTiles + tile, barrier, lane, mine_squared);
+      SendToRank(squares + g * kMostTiles + tile, squares_barrier, lane, mine_squared);
     }
   }
   if (shares_squares) {
-    if (warp < p.group && lane == 0) WaitForBytes(barrier);
+    if (warp < p.group && lane == 0) WaitBarrier(SharedAddress(squares_barrier), 0);
   }
   __syncwarp();
   const bool is_padding = read < 0 && write < 0;
@@ -610,9 +588,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks) DecodeAttentionKernel(const
 template <StateFormat kFormat, int kThreads, int kGroup, int kBlocks>
 void Launch(Device& device, const Parameters& p) {
   const auto kernel = &DecodeAttentionKernel<kFormat, kThreads, kGroup, kBlocks>;
+  GLA_REQUIRES(p.a.key_dim <= (kMostKeysOf<kFormat, kThreads>), "keys that the threads have");
   if (p.tiles > 8) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
+  constexpr int kPass = kPassBytes<kFormat, kThreads, kGroup>;
+  constexpr uint64_t kBytes = kRowBytes<kFormat> / kTile;  // of an element
+  const auto dim = [](int64_t size) { return static_cast<uint64_t>(size); };
+  const uint64_t strides[] = {kBytes * p.a.value_dim, kBytes * p.a.value_dim * p.a.key_dim,
+                              dim(p.a.state_stride)};
+  const CUtensorMap states =
+      EncodeMap(kFormat == StateFormat::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                                 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, p.a.state,
+                {dim(p.a.value_dim), dim(p.a.key_dim), dim(p.a.state_heads), kMostSlots}, strides,
+                {kTile, kPass / kRowBytes<kFormat>, 1, 1});
   LaunchOverlapped(
       device, kernel,
       {.blocks = GridOf(int64_t{p.a.rows} * p.a.state_heads * p.tiles),
@@ -620,7 +610,7 @@ void Launch(Device& device, const Parameters& p) {
        .shared_bytes = static_cast<size_t>(Layout<kFormat, kThreads, kGroup>(p.a.key_dim).total),
        .cluster = static_cast<unsigned>(p.tiles),
        .most_shared = true},
-      p);
+      p, states);
 }
 
 template <StateFormat kFormat>
@@ -659,18 +649,20 @@ void DecodeAttention(Device& device, const DecodeAttentionArgs& a) {
     return ((uint64_t{1} << kInverseBits) + divisor - 1) / divisor;
   };
   const int tiles = CeilDiv(a.value_dim, kTile);
-  const Parameters p = {.a = a,
-                        .inverse_tiles = inverse(tiles),
-                        .inverse_heads = inverse(a.state_heads),
-                        .inverse_share = inverse(a.state_heads / a.num_kv_heads),
-                        .gate_weight = a.gate_weight == nullptr
-                                           ? nullptr
-                                           : static_cast<const bf16*>(a.gate_weight->data()),
-                        .scales_at = Int16ScalesAt(a.state_heads, a.key_dim, a.value_dim),
-                        .clamp_min = a.gate_clamp_min == nullptr ? 0.0f : *a.gate_clamp_min,
-                        .clamps = a.gate_clamp_min != nullptr,
-                        .group = a.num_heads / a.state_heads,
-                        .tiles = tiles};
+  const Parameters p = {
+      .a = a,
+      .inverse_tiles = inverse(tiles),
+      .inverse_heads = inverse(a.state_heads),
+      .inverse_share = inverse(a.state_heads / a.num_kv_heads),
+      .gate_weight =
+          a.gate_weight == nullptr ? nullptr : static_cast<const bf16*>(a.gate_weight->data()),
+      .scales_at = Int16ScalesAt(a.state_heads, a.key_dim, a.value_dim),
+      .inverse_normalizer = 1 / a.gate_normalizer,
+      .clamp_min =
+          a.gate_clamp_min == nullptr ? 0.0f : *a.gate_clamp_min * std::numbers::log2e_v<float>,
+      .clamps = a.gate_clamp_min != nullptr,
+      .group = a.num_heads / a.state_heads,
+      .tiles = tiles};
   if (a.state_format == StateFormat::kFloat32) {
     LaunchGroup<StateFormat::kFloat32>(device, p);
   } else {

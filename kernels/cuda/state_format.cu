@@ -26,16 +26,18 @@ struct Int16Scale {
 
 // A warp's piece of a row: `row` counts the rows of all heads of one state.
 struct Piece {
-  int64_t state, row;
+  int64_t state, row, scale_at;
   int column, count;
   bool exists;
 
-  __device__ Piece(int num_states, int64_t rows, int value_dim) {
+  __device__ Piece(int num_states, int64_t rows, int key_dim, int value_dim) {
     const int pieces = CeilDiv(value_dim, kStateTile);
     const int64_t item = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32;
     state = item / (rows * pieces);
     row = item / pieces % rows;
-    column = static_cast<int>(item % pieces) * kStateTile;
+    const int tile = static_cast<int>(item % pieces);
+    column = tile * kStateTile;
+    scale_at = (row / key_dim * pieces + tile) * key_dim + row % key_dim;
     count = min(value_dim - column, kStateTile);
     exists = state < num_states;
   }
@@ -50,16 +52,15 @@ __global__ void __launch_bounds__(kThreads)
     UnpackKernel(const UnpackStatesArgs a, int64_t rows, int64_t scales_at) {
   WaitForPrevious();
   AllowNext();
-  const Piece at(a.num_states, rows, a.value_dim);
+  const Piece at(a.num_states, rows, a.key_dim, a.value_dim);
   if (!at.exists) return;
   const int slot = a.slots[at.state];
   const char* const state = static_cast<const char*>(a.slots_begin) + slot * a.slot_stride;
   const int64_t from = at.row * a.value_dim + at.column;
   float* const to = a.states + at.state * rows * a.value_dim + from;
   const bool is_int16 = a.format == StateFormat::kInt16;
-  const int64_t scale_at = at.row * CeilDiv(a.value_dim, kStateTile) + at.column / kStateTile;
   const float scale =
-      slot >= 0 && is_int16 ? reinterpret_cast<const float*>(state + scales_at)[scale_at] : 0;
+      slot >= 0 && is_int16 ? reinterpret_cast<const float*>(state + scales_at)[at.scale_at] : 0;
   for (int c = threadIdx.x % 32; c < at.count; c += 32) {
     float x = 0;
     if (slot >= 0) {
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
     PackKernel(const PackStatesArgs a, int64_t rows, int64_t scales_at) {
   WaitForPrevious();
   AllowNext();
-  const Piece at(a.num_states, rows, a.value_dim);
+  const Piece at(a.num_states, rows, a.key_dim, a.value_dim);
   if (!at.exists) return;
   const int slot = a.slots[at.state];
   if (slot < 0) return;
@@ -97,11 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* const out = reinterpret_cast<uint16_t*>(state) + to;
   if (lane < at.count) out[lane] = scale.Pack(x[0]);
   if (lane + 32 < at.count) out[lane + 32] = scale.Pack(x[1]);
-  if (lane == 0) {
-    reinterpret_cast<float*>(
-        state + scales_at)[at.row * CeilDiv(a.value_dim, kStateTile) + at.column / kStateTile] =
-        scale.scale;
-  }
+  if (lane == 0) reinterpret_cast<float*>(state + scales_at)[at.scale_at] = scale.scale;
 }
 
 }  // namespace

@@ -17,6 +17,8 @@
 
 namespace gla {
 
+constexpr int kMultiprocessors = 132;  // of an H100 or H200; for choices of speed alone
+
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
 

@@ -15,11 +15,12 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-// bfloat16, `box` elements at a time in the swizzle of tensor.cuh; `strides` (elements) of all
-// sides but the first. What lies outside reads as zero.
-inline CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides,
-                         std::initializer_list<uint64_t> strides,
-                         std::initializer_list<uint32_t> box) {
+// `box` elements at a time; `strides` (BYTES) of all sides but the first. What lies outside reads
+// as zero.
+inline CUtensorMap EncodeMap(CUtensorMapDataType type, CUtensorMapSwizzle swizzle,
+                             CUtensorMapL2promotion promotion, const void* data,
+                             std::initializer_list<uint64_t> sides, const uint64_t* strides,
+                             std::initializer_list<uint32_t> box) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -29,17 +30,24 @@ inline CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides
     return reinterpret_cast<EncodeTiled>(function);
   }();
   CUtensorMap map;
-  uint64_t bytes[4] = {};
-  std::transform(strides.begin(), strides.end(), bytes,
-                 [](uint64_t s) { return s * sizeof(bf16); });
   const uint32_t steps[4] = {1, 1, 1, 1};
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<uint32_t>(sides.size()),
-             const_cast<void*>(data), sides.begin(), bytes, box.begin(), steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map, type, static_cast<uint32_t>(sides.size()), const_cast<void*>(data),
+             sides.begin(), strides, box.begin(), steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   GLA_REQUIRES(result == CUDA_SUCCESS, "a matrix that the copy engine can read");
   return map;
+}
+
+// bfloat16 in the swizzle of tensor.cuh; `strides` in elements.
+inline CUtensorMap MapOf(const void* data, std::initializer_list<uint64_t> sides,
+                         std::initializer_list<uint64_t> strides,
+                         std::initializer_list<uint32_t> box) {
+  uint64_t bytes[3] = {};
+  std::transform(strides.begin(), strides.end(), bytes,
+                 [](uint64_t s) { return s * sizeof(bf16); });
+  return EncodeMap(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, data, sides, bytes, box);
 }
 
 // [T, H, dim] of bfloat16, tokens `stride` elements apart, in boxes of 64 tokens x 64 columns:

@@ -1,6 +1,8 @@
 // What the attention of a decode step costs by itself: a captured graph that runs it over as many
 // layers' states as no cache holds.
-//   gla-bench-decode-attention [--json] [REPEATS]
+//   gla-bench-decode-attention [--json] [--repeats N] [--shape gla-1.3b] [--state int16] [--seqs
+//   256]
+// Without the last three: every shape, format and number of sequences.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -98,9 +100,48 @@ class Inputs {
   DecodeAttentionArgs a_{};
 };
 
+struct Flags {
+  bool is_json = false;
+  int repeats = 10;
+  std::string shape, state;  // empty: all
+  std::vector<int> seqs = {1, 8, 32, 64, 256, 1024};
+};
+
+bool Parse(int argc, char** argv, Flags& flags) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string arg = argv[i];
+    if (arg == "--json") {
+      flags.is_json = true;
+      continue;
+    }
+    if (++i == argc) return false;
+    const std::string value = argv[i];
+    const int number = std::atoi(argv[i]);
+    if (arg == "--repeats" && number > 0) {
+      flags.repeats = number;
+    } else if (arg == "--seqs" && number > 0) {
+      flags.seqs = {number};
+    } else if (arg == "--shape" && std::any_of(std::begin(kShapes), std::end(kShapes),
+                                               [&](const Shape& s) { return s.name == value; })) {
+      flags.shape = value;
+    } else if (arg == "--state" && (value == "float32" || value == "int16")) {
+      flags.state = value;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
 int Main(int argc, char** argv) {
-  const bool is_json = argc > 1 && std::string(argv[1]) == "--json";
-  const int repeats = argc > 1 + is_json ? std::atoi(argv[1 + is_json]) : 10;
+  Flags flags;
+  if (!Parse(argc, argv, flags)) {
+    std::fprintf(stderr,
+                 "usage: gla-bench-decode-attention [--json] [--repeats N] [--shape gla-1.3b] "
+                 "[--state float32|int16] [--seqs N]\n");
+    return 2;
+  }
+  const bool is_json = flags.is_json;
   std::string error;
   const auto device = Device::Open({}, &error);
   if (device == nullptr || DecodeKernels::Get() == nullptr) {
@@ -117,17 +158,19 @@ int Main(int argc, char** argv) {
     std::printf("%-9s %-6s %5s %9s %6s %5s\n", "shape", "state", "rows", "us", "GB/s", "copy");
   }
   for (const Shape& shape : kShapes) {
+    if (!flags.shape.empty() && flags.shape != shape.name) continue;
     for (const StateFormat format : {StateFormat::kFloat32, StateFormat::kInt16}) {
-      for (const int rows : {1, 8, 32, 64, 256, 1024}) {
+      const bool is_int16 = format == StateFormat::kInt16;
+      if (!flags.state.empty() && flags.state != (is_int16 ? "int16" : "float32")) continue;
+      for (const int rows : flags.seqs) {
         Inputs inputs(*device, shape, format, rows);
         const double ms = Median(Time(
-            *device, [&] { inputs.Step(*device); }, repeats, true));
+            *device, [&] { inputs.Step(*device); }, flags.repeats, true));
         const double us = 1000 * ms / inputs.layers();
         const double bytes =
             2.0 * rows *
             static_cast<double>(StateBytes(format, shape.heads, shape.key_dim, shape.value_dim));
         const double rate = 1e6 * bytes / us;
-        const bool is_int16 = format == StateFormat::kInt16;
         report["rows"].push_back({{"shape", shape.name},
                                   {"state", is_int16 ? "int16" : "float32"},
                                   {"seqs", rows},

@@ -195,6 +195,14 @@ def test_bad_flags_end_with_2_and_one_line(flags, fragments):
         assert fragment in result.stderr, result.stderr
 
 
+def test_more_state_memory_than_the_device_has_is_refused():
+    result = run("--model", BARD, "--host", "127.0.0.1", "--port", 0, "--http-port", 0,
+                 "--state-memory", "100TiB")
+    assert result.returncode == 2, result
+    last = result.stderr.strip().splitlines()[-1]
+    assert "state" in last and "free" in last, result.stderr
+
+
 def test_environment_twins_and_their_order():
     with Server("--served-model-name", "by-flag",
                 env={"GLA_SERVED_MODEL_NAME": "by-env", "GLA_MAX_NUM_SEQS": "7"}) as server:

@@ -33,7 +33,10 @@ std::vector<char> Packed(const std::vector<float>& state, const Shape& shape) {
         finite = finite && std::isfinite(x[c]);
       }
       const bool zero = !finite || largest < 0x1p-100f;
-      scales[row * pieces + piece] = !finite ? NAN : zero ? 0 : largest / 32767.0f;
+      const int key_dim = shape.key_dim, head = row / key_dim;
+      scales[(head * pieces + piece) * key_dim + row % key_dim] = !finite ? NAN
+                                                                  : zero  ? 0
+                                                                          : largest / 32767.0f;
       const float inverse = zero ? 0 : 32767.0f / largest;
       for (int c = begin; c < end; ++c) {
         const volatile float product = zero ? 0 : x[c] * inverse;
