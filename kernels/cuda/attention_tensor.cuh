@@ -24,6 +24,7 @@
 
 namespace gla {
 
+constexpr int kMultiprocessors = 132;
 constexpr int kTileTokens = 64;
 constexpr int kUncutTiles = 8;  // of a sequence that is not worth cutting
 constexpr int kTileBytes = kTileTokens * kTileRowBytes;

@@ -253,8 +253,9 @@ struct Layout {
   }
 };
 
-// Sums over the rows of a warp, in which lanes kAll / 2 rows apart hold the same kAll columns: a
-// lane is left with two of its columns, x[0] and x[1]; returns the first's number.
+// Sums over the rows of a warp. The kAll / 2 lanes that hold the same kAll columns, each of other
+// rows, halve the columns among themselves step by step: a lane is left with the sums of two, x[0]
+// and x[1]; returns which of its columns x[0] is.
 template <int kCount, int kAll>
 __device__ int SumRows(float (&x)[kAll], int lane) {
   if constexpr (kCount == 2) {

@@ -17,8 +17,6 @@
 
 namespace gla {
 
-constexpr int kMultiprocessors = 132;  // of an H100 or H200; for choices of speed alone
-
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128;
 
