@@ -4,7 +4,7 @@
 // A block has a (sequence, state head, 64 columns of V); the blocks of a head are a cluster, which
 // adds up the squares for the norm. The copy engine brings the tile of the state to shared memory,
 // all of it under way before the kernel ahead has ended: the state's last writer, this kernel in
-// the step before, is far behind (launch.cuh). (With copies by the threads, cp.async, whatever else
+// the step before, is far behind (decode.h). (With copies by the threads, cp.async, whatever else
 // a block needs waits behind the states of the blocks beside it: two thirds of its time.) Of
 // float32, 16 lanes share the 64 columns of a row; of int16, 4 (8 where query heads share a state).
 //
@@ -14,6 +14,7 @@
 //
 // The order of every sum is fixed by K, V and the format: down a thread's rows, over the rows of a
 // warp by shuffles, over the warps and then over the blocks of a head through shared memory.
+#include <algorithm>
 #include <numbers>
 
 #include "kernels/cuda/decode_entry.h"
@@ -38,16 +39,15 @@ constexpr int kMostKeysOf = kThreads == 256                  ? kMostKeys
                             : kFormat == StateFormat::kInt16 ? 256
                                                              : 128;
 
-// x * ceil(2^36 / d) >> 36 is x / d for x * d <= 2^36.
-constexpr int kInverseBits = 36, kMostHeads = 256;
+constexpr int kMostHeads = 256;
+constexpr int kRowsAlongY = 32768;  // of a grid
 
 struct Parameters {
   DecodeAttentionArgs a;
-  // Of tiles, state heads, and those of them that share a key/value head.
-  uint64_t inverse_tiles, inverse_heads, inverse_share;
+  int share;                // state heads of a key/value head
   const bf16* gate_weight;  // [G * K, kRank]
   int64_t scales_at;        // int16: bytes from a state to its scales
-  float inverse_normalizer;
+  float inverse_normalizer, inverse_value_dim;
   float clamp_min;  // of gates, as logarithms to base 2
   bool clamps;
   int group, tiles;
@@ -55,6 +55,16 @@ struct Parameters {
 
 // ---- Clusters -----------------------------------------------------------------------------------
 
+__device__ inline int RankInCluster() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline int ClusterAlongX() {
+  int id;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
 // The second waits until every thread of the cluster has done the first.
 __device__ inline void ArriveAtCluster() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
@@ -80,6 +90,7 @@ __device__ inline void SendToRank(float* to, uint64_t* barrier, int rank, float 
 
 // ---- The two formats ----------------------------------------------------------------------------
 
+__device__ inline float Widen(uint16_t raw) { return __uint_as_float(uint32_t{raw} << 16); }
 __device__ inline void Widen(uint32_t pair, float* x) {
   x[0] = __uint_as_float(pair << 16), x[1] = __uint_as_float(pair & 0xFFFF0000u);
 }
@@ -180,10 +191,12 @@ struct Piece<StateFormat::kInt16> {
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
-// Of a key: its decay and itself; of an int16 row, its unit and the key in units, and at last the
-// size of the row in units.
-struct KeyRow {
+// Of a key: its decay and itself, of an int16 row its unit and the key in units, and at last the
+// size of the row in units; and the queries that meet it.
+template <int kGroup>
+struct alignas(16) KeyRow {
   float decay, key;
+  float query[kGroup];
 };
 
 // What makes a key's gate.
@@ -191,8 +204,8 @@ struct GateRow {
   uint4 weight[2];
   float bias;
 
-  __device__ void Load(const Parameters& p, int64_t row) {
-    const uint4* from = reinterpret_cast<const uint4*>(p.gate_weight + row * kRank);
+  __device__ void Load(const Parameters& p, int row) {
+    const uint4* const from = reinterpret_cast<const uint4*>(p.gate_weight) + row * (kRank / 8);
     weight[0] = __ldg(from), weight[1] = __ldg(from + 1);
     bias = p.a.gate_bias == nullptr ? 0.0f : __ldg(p.a.gate_bias + row);
   }
@@ -227,30 +240,34 @@ __device__ inline float LogSigmoid(float x) {
 template <StateFormat kFormat, int kGroup>
 constexpr int kPiecesOf = (kFormat == StateFormat::kInt16 && kGroup == 1) ? 2 : 1;
 
-// Bytes of the rows that a block's threads work on at a time, a box of the copy engine.
+// Bytes of the rows that a block's threads work on at a time.
 template <StateFormat kFormat, int kThreads, int kGroup>
 constexpr int kPassBytes = (16 * kThreads) * kPiecesOf<kFormat, kGroup>;
 template <StateFormat kFormat>
 constexpr int kRowBytes = (kFormat == StateFormat::kFloat32 ? 4 : 2) * kTile;
 
+// Rows of a box of the copy engine, of which a tile is at most kParts.
+template <StateFormat kFormat, int kThreads, int kGroup>
+__host__ __device__ constexpr int RowsOfPart(int key_dim) {
+  constexpr int kRows = kPassBytes<kFormat, kThreads, kGroup> / kRowBytes<kFormat>;
+  return CeilDiv(CeilDiv(key_dim, kRows), kParts) * kRows;
+}
+
 // Dynamic shared memory, in bytes from its start.
 template <StateFormat kFormat, int kThreads, int kGroup>
 struct Layout {
-  int rows, queries, partial, squares, barriers, total;
+  int part, parts;  // bytes of one, how many
+  int rows, partial, norms, squares, barriers, total;
 
   __host__ __device__ explicit Layout(int key_dim)
-      : rows(TileBytes(key_dim)),                                    // KeyRow [K]
-        queries(rows + key_dim * static_cast<int>(sizeof(KeyRow))),  // [K][kGroup]
-        partial(queries + key_dim * kGroup * 4),                     // [warps][kGroup][kTile]
-        squares(partial + kThreads / 32 * kGroup * kTile * 4),       // [kGroup][kMostTiles]
-        barriers(squares + kGroup * kMostTiles * 4),                 // parts', squares'
+      : part(RowsOfPart<kFormat, kThreads, kGroup>(key_dim) * kRowBytes<kFormat>),
+        parts(CeilDiv(key_dim * kRowBytes<kFormat>, part)),
+        rows(parts * part),  // KeyRow [K, and on to the end of the last part]
+        partial(rows + rows / kRowBytes<kFormat> * int{sizeof(KeyRow<kGroup>)}),
+        norms(partial + kThreads / 32 * kGroup * kTile * 4),  // partial: [warps][kGroup][kTile]
+        squares(norms + kTile * 4),                           // [kTile]; [kGroup][kMostTiles]
+        barriers(squares + kGroup * kMostTiles * 4),          // parts', squares'
         total(barriers + (kParts + 1) * 8) {}
-
- private:
-  __host__ __device__ static int TileBytes(int key_dim) {
-    constexpr int kPass = kPassBytes<kFormat, kThreads, kGroup>;
-    return CeilDiv(key_dim, kPass / kRowBytes<kFormat>) * kPass;
-  }
 };
 
 // Sums over the rows of a warp. The kAll / 2 lanes that hold the same kAll columns, each of other
@@ -285,22 +302,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int kWarps = kThreads / 32;
   constexpr int kElementBytes = 16 / kColumns;
   constexpr int kKeys = kMostKeysOf<kFormat, kThreads> / kThreads;  // of a thread
+  using KeyRow = KeyRow<kGroup>;
   extern __shared__ __align__(128) char shared[];
   const DecodeAttentionArgs& a = p.a;
   const Layout<kFormat, kThreads, kGroup> layout(a.key_dim);
   KeyRow* const key_rows = reinterpret_cast<KeyRow*>(shared + layout.rows);
-  float* const queries = reinterpret_cast<float*>(shared + layout.queries);
   float* const partial = reinterpret_cast<float*>(shared + layout.partial);
+  float* const norms = reinterpret_cast<float*>(shared + layout.norms);
   float* const squares = reinterpret_cast<float*>(shared + layout.squares);
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + layout.barriers);
   uint64_t* const squares_barrier = barriers + kParts;
 
+  // Offsets from pointers are in 32 bits but for those of slots: half of a block's life may pass
+  // before it works on its first row, and much of that is instructions.
   const int id = threadIdx.x, warp = id / 32, lane = id % 32;
-  const uint64_t cluster = blockIdx.x * p.inverse_tiles >> kInverseBits;
-  const int tile = static_cast<int>(blockIdx.x - cluster * p.tiles);  // rank in the cluster
-  const int64_t seq = static_cast<int64_t>(cluster * p.inverse_heads >> kInverseBits);
-  const int head = static_cast<int>(cluster - seq * a.state_heads);
-  const int kv_head = static_cast<int>(head * p.inverse_share >> kInverseBits);
+  const int tile = RankInCluster(), head = ClusterAlongX();
+  const int seq = static_cast<int>(blockIdx.y + blockIdx.z * kRowsAlongY);
+  if (a.rows <= kRowsThatOverlap) AllowNext();
+  if (seq >= a.rows) return;
+  const int group = kGroup == 1 ? 1 : p.group;
+  const int kv_head = p.share == 1 ? head : head / p.share;
   const int key_dim = a.key_dim, value_dim = a.value_dim;
   // Columns of the first piece; the second's are kPieceStep further.
   constexpr int kPieceStep = kLanes * kColumns;
@@ -310,9 +331,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int j = 0; j < kPieces; ++j) {
     has_columns[j] = tile * kTile + column + j * kPieceStep < value_dim;
   }
-  const int64_t scales_row = (int64_t{head} * p.tiles + tile) * key_dim;
-  char* const mine = shared + row0 * kRowBytes<kFormat> + column * kElementBytes;
-  const unsigned passes = CeilDiv<unsigned>(key_dim, kSideBySide);
+  const int scales_row = (head * p.tiles + tile) * key_dim;
+  uint32_t mine = SharedAddress(shared) + row0 * kRowBytes<kFormat> + column * kElementBytes;
+  uint32_t my_rows = SharedAddress(key_rows + row0);
+  const int passes = layout.part / kPass;  // of a part
 
   // What the kernel ahead does not touch: slots, state, the gate's weights.
   const int read = a.read_slots[seq], write = a.write_slots[seq];
@@ -322,24 +344,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
     const int k = id + i * kThreads;
-    if (has_gate_rows && k < key_dim) gate_rows[i].Load(p, int64_t{kv_head} * key_dim + k);
+    if (has_gate_rows && k < key_dim) gate_rows[i].Load(p, kv_head * key_dim + k);
   }
   if (id == 0) {
     PrefetchMap(states);
     for (unsigned part = 0; part < kParts; ++part) InitBarrier(SharedAddress(barriers + part), 1);
     if (shares_squares) {
-      ExpectBytes(squares_barrier, p.tiles * p.group * static_cast<int>(sizeof(float)));
+      ExpectBytes(squares_barrier, p.tiles * group * static_cast<int>(sizeof(float)));
     }
     FenceBarriers();
-#pragma unroll 1
-    for (unsigned part = 0; part < (read < 0 ? 0 : kParts); ++part) {
-      const uint32_t barrier = SharedAddress(barriers + part);
-      const unsigned begin = passes * part / kParts, end = passes * (part + 1) / kParts;
-      ArriveExpecting(barrier, (end - begin) * kPass);
-#pragma unroll 1
-      for (unsigned i = begin; i < end; ++i) {
-        CopyBox(SharedAddress(shared + i * kPass), states, barrier, tile * kTile, i * kSideBySide,
-                head, read);
+    if (read >= 0) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        if (part >= layout.parts) break;
+        const uint32_t barrier = SharedAddress(barriers + part);
+        ArriveExpecting(barrier, layout.part);
+        CopyBox(SharedAddress(shared) + part * layout.part, states, barrier, tile * kTile,
+                part * (layout.part / kRowBytes<kFormat>), head, read);
       }
     }
   }
@@ -357,68 +378,76 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
   if (read < 0) {
-    for (unsigned i = 0; i < passes; ++i) {
+    for (int i = 0; i < layout.parts * passes; ++i) {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        *reinterpret_cast<uint4*>(mine + i * kPass + j * kPieceStep * kElementBytes) =
-            Piece::Zeros();
+        StoreShared(mine + i * kPass + j * kPieceStep * kElementBytes, Piece::Zeros());
       }
     }
   }
-  WaitForPrevious();
-  AllowNext();
-
-  // All of it is asked for before any is used.
+  // Where everything is that comes from the kernel ahead, or goes out at the end.
   constexpr int kHeads = CeilDiv(kGroup, kWarps);  // query heads of a warp, at the end
   const int end_column = tile * kTile + 2 * lane;  // two neighbouring columns of a head to a lane
   const bool has_end = end_column < value_dim;
-  const auto at_end = [&](int g) {  // in a row of H heads
-    return (int64_t{head} * p.group + g) * value_dim + end_column;
-  };
+  const int first_head = head * group;
+  int k_at = seq * static_cast<int>(a.k_stride) + kv_head * key_dim + id;
+  int q_at = seq * static_cast<int>(a.q_stride) + first_head * key_dim + id;
+  int v_at = seq * static_cast<int>(a.v_stride) + kv_head * value_dim + tile * kTile + column;
+  int gate_at =
+      seq * static_cast<int>(a.output_gate_stride) + (first_head + warp) * value_dim + end_column;
+  char* to = static_cast<char*>(a.state) + (write < 0 ? 0 : write * a.state_stride) +
+             ((head * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
+  const int row_step = kSideBySide * value_dim * kElementBytes;
+  Keep(mine), Keep(my_rows), Keep(k_at), Keep(q_at), Keep(v_at), Keep(gate_at), Keep(to);
+  // (They come from afar, and wait in registers until the end otherwise.)
+  if (a.norm_weight != nullptr && id < kTile / 4) {
+    const bool valid = tile * kTile + id * 4 < value_dim;
+    CopyAsync(SharedAddress(norms) + id * 16, a.norm_weight + (valid ? tile * kTile + id * 4 : 0),
+              valid);
+  }
+  CommitCopies();
+  WaitForPrevious();
+  AllowNext();
+
+  // All of it is asked for before any is used, from the L2 cache: this kernel may have begun when
+  // that of the layer before had not yet read its own, from the same place.
   uint4 gate_in[2] = {};
   if (has_gate_rows) {
-    const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.gate_in) +
-                                                             seq * a.gate_in_stride);
-    gate_in[0] = from[0], gate_in[1] = from[1];
+    const uint4* const from = reinterpret_cast<const uint4*>(
+        static_cast<const bf16*>(a.gate_in) + seq * static_cast<int>(a.gate_in_stride));
+    gate_in[0] = __ldcg(from), gate_in[1] = __ldcg(from + 1);
   }
-  bf16 raw_key[kKeys], raw_query[kKeys][kGroup];
+  uint16_t raw_key[kKeys], raw_query[kKeys][kGroup];
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
-    const int k = id + i * kThreads;
-    if (k >= key_dim) break;
-    raw_key[i] = static_cast<const bf16*>(a.k)[seq * a.k_stride + int64_t{kv_head} * key_dim + k];
+    if (id + i * kThreads >= key_dim) break;
+    raw_key[i] = __ldcg(static_cast<const uint16_t*>(a.k) + k_at + i * kThreads);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      if (g >= p.group) break;
-      raw_query[i][g] = static_cast<const bf16*>(
-          a.q)[seq * a.q_stride + (int64_t{head} * p.group + g) * key_dim + k];
+      if (g >= group) break;
+      raw_query[i][g] =
+          __ldcg(static_cast<const uint16_t*>(a.q) + q_at + g * key_dim + i * kThreads);
     }
   }
   RawOf<kColumns> raw_v[kPieces] = {};
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
     if (!has_columns[j]) continue;
-    raw_v[j] = *reinterpret_cast<const RawOf<kColumns>*>(
-        static_cast<const bf16*>(a.v) + seq * a.v_stride + int64_t{kv_head} * value_dim +
-        tile * kTile + column + j * kPieceStep);
+    raw_v[j] = __ldcg(reinterpret_cast<const RawOf<kColumns>*>(static_cast<const bf16*>(a.v) +
+                                                               v_at + j * kPieceStep));
   }
   uint32_t output_gate[kHeads] = {};
-  float2 norm_weight = {1, 1};
-  if (has_end) {
-    if (a.norm_weight != nullptr && warp < p.group) {
-      norm_weight = __ldg(reinterpret_cast<const float2*>(a.norm_weight + end_column));
-    }
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const int g = warp + i * kWarps;
-      if (g >= p.group || a.output_gate == nullptr) break;
-      output_gate[i] = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(a.output_gate) +
-                                                          seq * a.output_gate_stride + at_end(g));
-    }
+  for (int i = 0; i < kHeads; ++i) {
+    if (!has_end || warp + i * kWarps >= group || a.output_gate == nullptr) break;
+    output_gate[i] = __ldcg(reinterpret_cast<const uint32_t*>(
+        static_cast<const bf16*>(a.output_gate) + gate_at + i * kWarps * value_dim));
   }
   float step_decay = 1;
   if (a.gate_kind == GateKind::kConstant) step_decay = expf(a.decay[head]);
-  if (a.gate_kind == GateKind::kScalar) step_decay = expf(a.gate[seq * a.gate_stride + kv_head]);
+  if (a.gate_kind == GateKind::kScalar) {
+    step_decay = expf(__ldcg(a.gate + seq * static_cast<int>(a.gate_stride) + kv_head));
+  }
 
   {
     float in[kRank];
@@ -427,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int i = 0; i < kKeys; ++i) {
       const int k = id + i * kThreads;
       if (k >= key_dim) break;
-      const float key = ToFloat(raw_key[i]);
+      const float key = Widen(raw_key[i]);
       float decay = step_decay;
       if (has_gate_rows) {
         float gate = LogSigmoid(gate_rows[i].Product(in)) * p.inverse_normalizer;
@@ -435,16 +464,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         decay = exp2f(gate);
       }
       float unit = 1;
+      KeyRow row;
       if constexpr (kIsInt16) {
         unit = Piece::Unit(scales[i], decay, key);
-        key_rows[k] = {unit, __fdividef(key, unit)};
+        row.decay = unit, row.key = __fdividef(key, unit);
       } else {
-        key_rows[k] = {decay, key};
+        row.decay = decay, row.key = key;
       }
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        queries[k * kGroup + g] = g < p.group ? ToFloat(raw_query[i][g]) * unit : 0.0f;
+        row.query[g] = g < group ? Widen(raw_query[i][g]) * unit : 0.0f;
       }
+      key_rows[k] = row;
     }
   }
   float v[kPieces][kColumns];
@@ -453,34 +484,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
 
   float o[kGroup][kPieces * kColumns] = {};
-  char* const state = static_cast<char*>(a.state) + (write < 0 ? 0 : write * a.state_stride);
-  char* to = state +
-             ((int64_t{head} * key_dim + row0) * value_dim + tile * kTile + column) * kElementBytes;
-  const int64_t row_step = int64_t{kSideBySide} * value_dim * kElementBytes;
-  const auto step = [&](unsigned i) {
-    const int k = row0 + i * kSideBySide;
-    if (k < key_dim) {  // the same for a whole warp
+  // What a row needs from shared memory; a pass ahead of its arithmetic where registers allow.
+  constexpr bool kFetchesAhead = !kIsInt16 && kGroup == 1;
+  struct Fetched {
+    uint4 state[kPieces];
+    KeyRow row;
+  };
+  const auto fetch = [&](int i, Fetched& f) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      LoadShared(mine + i * kPass + j * kPieceStep * kElementBytes, f.state[j]);
+    }
+    LoadShared(my_rows + i * kSideBySide * int{sizeof(KeyRow)}, f.row);
+  };
+  const auto step = [&](int i, const Fetched& f) {
+    if (row0 + i * kSideBySide < key_dim) {  // the same for a whole warp
       float s[kPieces][kColumns];
-      const KeyRow row = key_rows[k];
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        Piece::Unpack(
-            *reinterpret_cast<const uint4*>(mine + i * kPass + j * kPieceStep * kElementBytes),
-            s[j]);
+        Piece::Unpack(f.state[j], s[j]);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-          s[j][c] = kIsInt16 ? fmaf(row.key, v[j][c], s[j][c])
-                             : fmaf(row.decay, s[j][c], row.key * v[j][c]);
+          s[j][c] = kIsInt16 ? fmaf(f.row.key, v[j][c], s[j][c])
+                             : fmaf(f.row.decay, s[j][c], f.row.key * v[j][c]);
         }
       }
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        const float q = queries[k * kGroup + g];
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) {
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
-            o[g][j * kColumns + c] = fmaf(q, s[j][c], o[g][j * kColumns + c]);
+            o[g][j * kColumns + c] = fmaf(f.row.query[g], s[j][c], o[g][j * kColumns + c]);
           }
         }
       }
@@ -502,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                        write >= 0 && has_columns[j]);
         }
         __syncwarp();  // every lane has read the key
-        if (lane % kLanes == 0) key_rows[k].key = size;
+        if (lane % kLanes == 0) key_rows[row0 + i * kSideBySide].key = size;
       } else {
         if (write >= 0 && has_columns[0]) {
           __stcs(reinterpret_cast<float4*>(to), float4{s[0][0], s[0][1], s[0][2], s[0][3]});
@@ -512,10 +547,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     to += row_step;
   };
 #pragma unroll 1
-  for (unsigned part = 0; part < kParts; ++part) {
+  for (int part = 0; part < layout.parts; ++part) {
     if (read >= 0) WaitBarrier(SharedAddress(barriers + part), 0);
-#pragma unroll(kIsInt16 ? 1 : 2)
-    for (unsigned i = passes * part / kParts; i < passes * (part + 1) / kParts; ++i) step(i);
+    const int end = (part + 1) * passes;
+    Fetched even;
+    if constexpr (kFetchesAhead) {
+      // (Beyond the part's end its last rows are read again, for nothing.)
+      Fetched odd;
+      fetch(end - passes, even);
+#pragma unroll 1
+      for (int i = end - passes; i < end; i += 2) {
+        fetch(min(i + 1, end - 1), odd);
+        step(i, even);
+        fetch(min(i + 2, end - 1), even);
+        if (i + 1 < end) step(i + 1, odd);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = end - passes; i < end; ++i) fetch(i, even), step(i, even);
+    }
   }
 
 #pragma unroll
@@ -524,9 +574,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     *reinterpret_cast<float2*>(partial + (warp * kGroup + g) * kTile + e / kColumns * kPieceStep +
                                column + e % kColumns) = float2{o[g][0], o[g][1]};
   }
+  WaitCopies<0>();
   __syncthreads();
   if constexpr (kIsInt16) {
-    float* const scales_to = reinterpret_cast<float*>(state + p.scales_at) + scales_row;
+    float* const scales_to =
+        reinterpret_cast<float*>(static_cast<char*>(a.state) +
+                                 (write < 0 ? 0 : write * a.state_stride) + p.scales_at) +
+        scales_row;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
       const int k = id + i * kThreads;
@@ -541,7 +595,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int g = warp + i * kWarps;
-    if (g >= p.group) break;
+    if (g >= group) break;
     float2 sum = {0, 0};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -559,30 +613,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
   }
   if (shares_squares) {
-    if (warp < p.group && lane == 0) WaitBarrier(SharedAddress(squares_barrier), 0);
+    if (warp < group && lane == 0) WaitBarrier(SharedAddress(squares_barrier), 0);
   }
   __syncwarp();
   const bool is_padding = read < 0 && write < 0;
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
     const int g = warp + i * kWarps;
-    if (g >= p.group || !has_end) break;
+    if (g >= group || !has_end) break;
     float2 y = x[i];
     if (a.normalize) {
       float sum = squares[g * kMostTiles];
       for (int t = 1; t < p.tiles; ++t) sum += squares[g * kMostTiles + t];
-      const float factor = 1.0f / sqrtf(sum / static_cast<float>(value_dim) + a.eps);
+      const float factor = rsqrtf(sum * p.inverse_value_dim + a.eps);
       y.x *= factor, y.y *= factor;
     }
-    y.x *= norm_weight.x, y.y *= norm_weight.y;
+    if (a.norm_weight != nullptr) {
+      const float2 norm = *reinterpret_cast<const float2*>(norms + 2 * lane);
+      y.x *= norm.x, y.y *= norm.y;
+    }
     if (a.output_gate != nullptr) {
       float gate[2];
       Widen(output_gate[i], gate);
-      y.x *= Silu(gate[0]), y.y *= Silu(gate[1]);
+      y.x *= QuickSilu(gate[0]), y.y *= QuickSilu(gate[1]);
     }
     if (is_padding) y = {0, 0};
-    *reinterpret_cast<__nv_bfloat162*>(static_cast<bf16*>(a.y) + seq * a.y_stride + at_end(g)) =
-        __floats2bfloat162_rn(y.x, y.y);
+    *reinterpret_cast<__nv_bfloat162*>(
+        static_cast<bf16*>(a.y) + seq * static_cast<int>(a.y_stride) +
+        (first_head + g) * value_dim + end_column) = __floats2bfloat162_rn(y.x, y.y);
   }
 }
 
@@ -593,20 +651,20 @@ void Launch(Device& device, const Parameters& p) {
   if (p.tiles > 8) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
-  constexpr int kPass = kPassBytes<kFormat, kThreads, kGroup>;
   constexpr uint64_t kBytes = kRowBytes<kFormat> / kTile;  // of an element
   const auto dim = [](int64_t size) { return static_cast<uint64_t>(size); };
   const uint64_t strides[] = {kBytes * p.a.value_dim, kBytes * p.a.value_dim * p.a.key_dim,
                               dim(p.a.state_stride)};
-  const CUtensorMap states =
-      EncodeMap(kFormat == StateFormat::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                                 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, p.a.state,
-                {dim(p.a.value_dim), dim(p.a.key_dim), dim(p.a.state_heads), kMostSlots}, strides,
-                {kTile, kPass / kRowBytes<kFormat>, 1, 1});
+  const CUtensorMap states = EncodeMap(
+      kFormat == StateFormat::kFloat32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                       : CU_TENSOR_MAP_DATA_TYPE_UINT16,
+      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, p.a.state,
+      {dim(p.a.value_dim), dim(p.a.key_dim), dim(p.a.state_heads), kMostSlots}, strides,
+      {kTile, static_cast<uint32_t>(RowsOfPart<kFormat, kThreads, kGroup>(p.a.key_dim)), 1, 1});
   LaunchOverlapped(
       device, kernel,
-      {.blocks = GridOf(int64_t{p.a.rows} * p.a.state_heads * p.tiles),
+      {.blocks = dim3(p.tiles * p.a.state_heads, std::min(p.a.rows, kRowsAlongY),
+                      CeilDiv(p.a.rows, kRowsAlongY)),
        .threads = kThreads,
        .shared_bytes = static_cast<size_t>(Layout<kFormat, kThreads, kGroup>(p.a.key_dim).total),
        .cluster = static_cast<unsigned>(p.tiles),
@@ -645,20 +703,18 @@ bool ServesDecodeAttention(const DecodeAttentionArgs& a) {
 void DecodeAttention(Device& device, const DecodeAttentionArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(ServesDecodeAttention(a), "sizes that Serves() accepts");
-  GLA_REQUIRES(int64_t{a.rows} * a.state_heads < int64_t{1} << 28, "the clusters of one launch");
-  const auto inverse = [](uint64_t divisor) {
-    return ((uint64_t{1} << kInverseBits) + divisor - 1) / divisor;
-  };
+  const int64_t widest = std::max(
+      {a.q_stride, a.k_stride, a.v_stride, a.gate_in_stride, a.output_gate_stride, a.y_stride});
+  GLA_REQUIRES(a.rows * widest < int64_t{1} << 31, "rows whose elements 32 bits count");
   const int tiles = CeilDiv(a.value_dim, kTile);
   const Parameters p = {
       .a = a,
-      .inverse_tiles = inverse(tiles),
-      .inverse_heads = inverse(a.state_heads),
-      .inverse_share = inverse(a.state_heads / a.num_kv_heads),
+      .share = a.state_heads / a.num_kv_heads,
       .gate_weight =
           a.gate_weight == nullptr ? nullptr : static_cast<const bf16*>(a.gate_weight->data()),
       .scales_at = Int16ScalesAt(a.state_heads, a.key_dim, a.value_dim),
       .inverse_normalizer = 1 / a.gate_normalizer,
+      .inverse_value_dim = 1.0f / static_cast<float>(a.value_dim),
       .clamp_min =
           a.gate_clamp_min == nullptr ? 0.0f : *a.gate_clamp_min * std::numbers::log2e_v<float>,
       .clamps = a.gate_clamp_min != nullptr,

@@ -13,6 +13,10 @@ void DecodeProduct(Device& device, const DecodeProductArgs& args);
 bool ServesDecodeAttention(const DecodeAttentionArgs& args);
 void DecodeAttention(Device& device, const DecodeAttentionArgs& args);
 
+// Up to so many rows every kernel of a step lets the next begin at once. With more, blocks of
+// attention and of the product behind it would crowd onto what multiprocessors have room.
+constexpr int kRowsThatOverlap = 8;
+
 // How a product is computed. Every plan gives the same bits; PlanProduct() picks a fast one.
 struct ProductPlan {
   int tile_out;   // outputs of a block: 16 (rows straight to registers), 64 or 128 (wgmma)

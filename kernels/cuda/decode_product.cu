@@ -25,25 +25,21 @@ template <int kTiles>
 void LaunchFewRows(Device& device, const ProductParams& p) {
   const int tiles_out = CeilDiv(p.out, 16), blocks = std::min(tiles_out, Multiprocessors(device));
   const int chunks = CeilDiv(p.in, 64), most_tiles = CeilDiv(tiles_out, blocks);
-  const bool packed = most_tiles * CeilDiv(chunks, kSlices) <= kFewRing;
-  const bool rows_shared = chunks <= 32;
+  const int most_chunks = CeilDiv(chunks, kSlices);  // of a slice
+  const bool is_packed =
+      most_tiles * most_chunks <= kFewPacked && most_chunks <= kFewMostChunks<kTiles>;
   const FewShape shape = {
       .tiles_out = tiles_out,
       .blocks = blocks,
       .most_tiles = most_tiles,
-      .packed = packed,
-      .weight_bytes = (packed ? chunks * most_tiles : kSlices * kFewRing) * kFewChunkBytes,
-      .row_bytes = rows_shared ? chunks * kTiles * 8 * kTileRowBytes : 0};
+      .weight_bytes = (is_packed ? chunks * most_tiles : kSlices * kFewRing) * kFewChunkBytes};
   const LaunchShape launch = {
       .blocks = GridOf(int64_t{blocks} * CeilDiv(p.rows, kTiles * 8)),
       .threads = kFewThreads,
-      .shared_bytes = static_cast<size_t>(shape.SharedBytes(kTiles, rows_shared)),
+      .shared_bytes = static_cast<size_t>(shape.SharedBytes(kTiles, is_packed)),
       .most_shared = true};
-  if (rows_shared) {
-    LaunchOverlapped(device, FewRowsKernel<kTiles, true>, launch, p, shape);
-  } else {
-    LaunchOverlapped(device, FewRowsKernel<kTiles, false>, launch, p, shape);
-  }
+  LaunchOverlapped(device, is_packed ? FewRowsKernel<kTiles, true> : FewRowsKernel<kTiles, false>,
+                   launch, p, shape);
 }
 
 template <int kGroups, int kRows>
@@ -147,23 +143,31 @@ bool CanRun(const ProductPlan& plan) {
   });
 }
 
-// By measurements of the products of GLA-340M and GLA-1.3B on an H100 (132 multiprocessors).
+// By measurements of layers of GLA-340M and GLA-1.3B, one product's plan after the other, on an
+// H100 and an H200 (132 multiprocessors both).
 ProductPlan PlanProduct(int rows, int out, int in) {
   const auto blocks = [&](const ProductPlan& plan) {
     return int64_t{CeilDiv(out, plan.tile_out)} * CeilDiv(rows, plan.tile_rows);
   };
   const bool is_wide = out >= 3072;
   if (rows <= 8) return {16, 8, 1};
+  if (rows <= 16 && in <= 1024 && out <= 6144) return {16, 16, 1};
   if (rows <= 16 && !is_wide) {
     return in <= 2048 ? ProductPlan{16, 16, 1} : ProductPlan{64, 16, out <= 1024 ? 8 : 2};
   }
   if (rows <= 64 && in <= 1024 && out <= 1024) return {16, 16, 1};
-  if (rows <= 32 && in > 2048 && out <= 1024) return {64, 32, 8};
+  if (in > 2048 && out <= 1024) {
+    if (rows <= 32) return {64, 32, 8};
+    if (rows > 48 && rows <= 64) return {128, 64, 8};
+    if (rows > 64 && rows <= 96) return {64, 32, 4};
+  } else if (in > 2048 && !is_wide) {
+    if (rows <= 32 || (rows > 48 && rows <= 64)) return {64, 32, 2};
+  }
   const ProductPlan largest = {128, 128, 1};
   if (blocks(largest) > 88 && blocks(largest) <= 132) return largest;  // one good turn
   if (rows > 64 && rows < 128 && blocks({64, 64, 1}) > 264) return largest;
   // The smallest tiles that do not take too many turns.
-  const int most = !is_wide ? 132 : in <= 1024 && rows <= 64 ? 264 : 360;
+  const int most = !is_wide ? (in <= 2048 ? 264 : 132) : in > 1024 ? 300 : rows <= 64 ? 264 : 360;
   for (const ProductPlan& plan : {ProductPlan{64, 16, 1}, {64, 32, 1}, {64, 64, 1}, {128, 64, 1}}) {
     if (blocks(plan) <= most) return plan;
   }
@@ -173,13 +177,19 @@ ProductPlan PlanProduct(int rows, int out, int in) {
 void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(ServesDecodeProduct(a), "a product that Serves()");
+  GLA_REQUIRES(a.rows * std::max<int64_t>(a.x_stride, a.weight->in()) < int64_t{1} << 31 &&
+                   int64_t{a.weight->out()} * a.weight->in() < int64_t{1} << 31,
+               "rows and weights whose elements 32 bits count");
   const ProductParams p = {.x = static_cast<const bf16*>(a.x),
                            .x_stride = a.x_stride,
                            .squares = a.squares,
+                           .inverse_in = 1.0f / static_cast<float>(a.weight->in()),
                            .eps = a.eps,
                            .weight = static_cast<const bf16*>(a.weight->data()),
                            .epilogue = a.epilogue,
                            .y_is_float = a.y_dtype == DType::kFloat32,
+                           .next_begins = !a.ends_step && (a.epilogue != DecodeEpilogue::kStore ||
+                                                           a.rows <= kRowsThatOverlap),
                            .y = a.y,
                            .y_stride = a.y_stride,
                            .residual = a.residual,

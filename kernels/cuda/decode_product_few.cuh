@@ -2,9 +2,13 @@
 //
 // A block computes tiles of 16 outputs (the 16 x 16 operand) by 8 or 16 rows, each of its eight
 // warps one slice of the columns. There is about one block to a multiprocessor, whose tiles are
-// shape.blocks apart. A warp copies the weights of its slices into a ring of its own in shared
-// memory, on their way before the kernel waits for the one ahead of it: a layer's weight has room
-// there beside those of the kernel before, so that memory never rests between kernels.
+// shape.blocks apart. A warp's weights go into a ring of its own in shared memory, on their way
+// before the kernel waits for the one ahead of it: a layer's weight has room there beside those of
+// the kernel before, so that memory never rests between kernels.
+//
+// What follows that wait is what a step of few rows takes: it is as few instructions as possible,
+// one after the other in a lone warp. So all rows of a slice are asked for at once, to registers,
+// at addresses that are known before; a chunk at a time passes through shared memory.
 //
 // Four neighbouring lanes hold 16 columns of an output, four columns each: the order of the columns
 // inside one product is free as long as both operands agree.
@@ -15,208 +19,260 @@
 namespace gla {
 
 constexpr int kFewThreads = 32 * kSlices;
-constexpr int kFewRing = 6;        // chunks of 64 columns
+constexpr int kFewPacked = 6;      // chunks of 64 columns: the most that are packed,
+constexpr int kFewRing = 5;        // and the slots of a ring
 constexpr int kFewBatch = 3;       // tiles whose slices are added up together
 constexpr int kFewPitch = 16 + 4;  // floats; so that neither side meets a bank twice
 constexpr int kFewChunkBytes = 16 * kTileRowBytes;
+constexpr int kFewRowsBytes = 8 * kTileRowBytes;  // of a chunk of eight rows
+// Chunks of the rows that are on their way to a warp.
+template <int kTiles>
+constexpr int kFewAhead = 4 / kTiles;
+// Of a slice that is packed, as registers allow.
+template <int kTiles>
+constexpr int kFewMostChunks = kTiles == 1 ? kFewPacked : kFewAhead<kTiles>;
 
 // What a launch fixes.
 struct FewShape {
   int tiles_out, blocks, most_tiles;  // tiles in all, blocks that share them, tiles of one
-  bool packed;                        // the rings hold all that a block has
-  int weight_bytes, row_bytes;
+  int weight_bytes;
 
-  int SharedBytes(int tiles_rows, bool rows_shared) const {
-    if (!rows_shared) return weight_bytes + tiles_rows * kSlices * 8 * kTileRowBytes;
-    const int batch = most_tiles < kFewBatch ? most_tiles : kFewBatch;
-    return weight_bytes + row_bytes + batch * tiles_rows * kSlices * 8 * kFewPitch * 4;
+  // Packed, a warp's sums take the place of its rows.
+  int SharedBytes(int tiles_rows, bool is_packed) const {
+    const int sums = is_packed ? 0 : kFewBatch * tiles_rows * 8 * kFewPitch * 4;
+    return weight_bytes + kSlices * (2 * tiles_rows * kFewRowsBytes + sums);
   }
 };
 
-// Where four columns of a row lie in a chunk of [rows][64]: eight lanes' pieces of 16 bytes, and
+// Where eight columns of a row lie in a chunk of [rows][64]: eight lanes' pieces of 16 bytes, and
 // four rows' pairs of them, in different banks.
 __device__ inline int FewPiece(int row, int piece) {
   return row * kTileRowBytes + ((piece ^ (row & 3) << 1) << 4);
 }
-__device__ inline uint2 FewFragment(const char* chunk, int row, int step, int t) {
-  const int at = FewPiece(row, step * 2 + t / 2) + (t & 1) * 8;
-  return *reinterpret_cast<const uint2*>(chunk + at);
-}
 
-// kTiles: of eight rows. kRowsShared: the rows are kept in shared memory too; else in registers,
-// and a chunk at a time passes through what the warp's sums use later: that leaves room for another
-// kernel's weights when rows are long.
-template <int kTiles, bool kRowsShared>
+// kTiles: of eight rows. kPacked: the rings hold all weights that a block has; tiles are then
+// worked on side by side.
+template <int kTiles, bool kPacked>
 __global__ void __launch_bounds__(kFewThreads, 2)
     FewRowsKernel(const __grid_constant__ ProductParams p, const FewShape shape) {
   extern __shared__ __align__(128) char shared[];
   __shared__ float factors[kTiles * 8];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int kAhead = kFewAhead<kTiles>;
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   const int block = static_cast<int>(blockIdx.x) % shape.blocks;
   const int row0 = static_cast<int>(blockIdx.x) / shape.blocks * kTiles * 8;
   const int chunk0 = SliceStart(p.in, warp), chunks = SliceStart(p.in, warp + 1) - chunk0;
   const int tiles = CeilDiv(shape.tiles_out - block, shape.blocks);
-  const bool swiglu = p.epilogue == DecodeEpilogue::kSwiGlu;
   const auto out_of = [&](int tile) { return (block + tile * shape.blocks) * 16; };
   char* const ring =
-      shared + (shape.packed ? chunk0 * shape.most_tiles : warp * kFewRing) * kFewChunkBytes;
-  char* const rows = shared + shape.weight_bytes + chunk0 * kTiles * 8 * kTileRowBytes;
-  float* const sums = reinterpret_cast<float*>(shared + shape.weight_bytes + shape.row_bytes);
+      shared + (kPacked ? chunk0 * shape.most_tiles : warp * kFewRing) * kFewChunkBytes;
+  constexpr int kTileFloats = kTiles * 8 * kFewPitch;  // of a slice's sums
+  constexpr int kRowsBytes = 2 * kTiles * kFewRowsBytes;
+  constexpr int kSliceFloats = kPacked ? kRowsBytes / 4 : kFewBatch * kTileFloats;
+  static_assert(kSliceFloats >= kFewBatch * kTileFloats);
+  char* const rows = shared + shape.weight_bytes + warp * kRowsBytes;
+  float* const sums =
+      reinterpret_cast<float*>(shared + shape.weight_bytes + (kPacked ? 0 : kSlices * kRowsBytes));
 
   // The next chunk of this warp into its ring, as one group of copies; an empty one at the end.
+  const int piece = lane % 8;
+  const bool is_swiglu = p.epilogue == DecodeEpilogue::kSwiGlu;
+  int of_row[4];  // elements from the first output's chunk to what the lane copies
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = is_swiglu ? lane / 8 + i % 2 * 4 + i / 2 * (p.out / 2) : lane / 8 + i * 4;
+    of_row[i] = row * p.in + piece * 8;
+  }
+  uint32_t copy_to = SharedAddress(ring) + FewPiece(lane / 8, piece);
   int next_tile = chunks > 0 ? 0 : tiles, next_chunk = 0, next_slot = 0;
   const auto copy_next = [&] {
     if (next_tile < tiles) {
-      const uint32_t to = SharedAddress(ring) + next_slot * kFewChunkBytes;
-      const int out0 = out_of(next_tile), piece = lane % 8;
-      const int column = (chunk0 + next_chunk) * 64 + piece * 8;
-      const bool valid = column < p.in;
+      const int column = (chunk0 + next_chunk) * 64;
+      const int first = out_of(next_tile) / (is_swiglu ? 2 : 1) * p.in + column;
+      const int last = (p.out - 1) * p.in + column + piece * 8;
+      const bool valid = column + piece * 8 < p.in;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = lane / 8 + i * 4;
-        const int out =
-            swiglu ? out0 / 2 + row % 8 + (i < 2 ? 0 : p.out / 2) : min(out0 + row, p.out - 1);
-        CopyAsync(to + FewPiece(row, piece),
-                  valid ? p.weight + int64_t{out} * p.in + column : p.weight, valid);
+        const int from = min(first + of_row[i], last);
+        CopyAsync(copy_to + next_slot * kFewChunkBytes + i * 4 * kTileRowBytes,
+                  p.weight + (valid ? from : 0), valid);
       }
-      if (++next_slot == kFewRing) next_slot = 0;
+      if (++next_slot == kFewRing && !kPacked) next_slot = 0;
       if (++next_chunk == chunks) next_chunk = 0, ++next_tile;
     }
     CommitCopies();
   };
-  if (NextIsProduct(p)) AllowNext();
+  if (p.next_begins) AllowNext();
 #pragma unroll 1
-  for (int i = 0; i < kFewRing; ++i) copy_next();
+  for (int i = 0; i < (kPacked ? tiles * chunks : kFewRing); ++i) copy_next();
+
+  // Rows come as they lie, 16 bytes to a lane: eight lanes have a row, the warp four rows at a time
+  // (others where there are none: what comes of those is not stored).
+  int x_from[kTiles * 2];
+#pragma unroll
+  for (int i = 0; i < kTiles * 2; ++i) {
+    const int row = min(row0 + i * 4 + lane / 8, p.rows - 1);
+    x_from[i] = row * static_cast<int>(p.x_stride) + chunk0 * 64 + lane % 8 * 8;
+    Keep(x_from[i]);
+  }
+  int x_columns = p.in - chunk0 * 64 - lane % 8 * 8;  // from the lane's first on
+  uint32_t x_to = SharedAddress(rows) + FewPiece(lane / 8, lane % 8);
+  int x_at = FewPiece(g, t / 2) + (t & 1) * 8;
+  Keep(x_columns), Keep(x_to), Keep(x_at);
+  uint4 x[kAhead][kTiles * 2];
+  const auto load_rows = [&](int u, int chunk) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; ++i) {
+      x[u][i] = chunk * 64 < x_columns
+                    ? __ldcg(reinterpret_cast<const uint4*>(p.x + x_from[i] + chunk * 64))
+                    : uint4{0, 0, 0, 0};
+    }
+  };
+  // Two chunks take turns in shared memory. (Row 4 lies as row 0 does.)
+  const auto put_rows = [&](int u, int turn) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 2; ++i) {
+      StoreShared(x_to + turn % 2 * kTiles * kFewRowsBytes + i * 4 * kTileRowBytes, x[u][i]);
+    }
+  };
+  struct Fragments {
+    uint2 of[4][kTiles];
+  };
+  const auto take_rows = [&](int turn, Fragments& f) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        f.of[s][i] = *reinterpret_cast<const uint2*>(rows + (x_at ^ s << 5) +
+                                                     (turn % 2 * kTiles + i) * kFewRowsBytes);
+      }
+    }
+  };
+  // Of a chunk of weights lane (g, t) has outputs g and g + 8.
+  const auto multiply = [&](float(&sum)[kTiles][4], int chunk_at, const Fragments& f) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const char* const from = ring + (x_at ^ s << 5) + chunk_at;
+      const uint2 low = *reinterpret_cast<const uint2*>(from);
+      const uint2 high = *reinterpret_cast<const uint2*>(from + 8 * kTileRowBytes);
+      const uint32_t w[4] = {low.x, high.x, low.y, high.y};
+#pragma unroll
+      for (int r = 0; r < kTiles; ++r) Mma16x8x16(sum[r], w, {f.of[s][r].x, f.of[s][r].y});
+    }
+  };
+  float* const sums_to = sums + warp * kSliceFloats + t * 2 * kFewPitch + g;
+  const auto store = [&](const float(&sum)[kTiles][4], int tile) {
+    float* const to = sums_to + tile * kTileFloats;
+#pragma unroll
+    for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        to[(r * 8 + (e & 1)) * kFewPitch + (e & 2 ? 8 : 0)] = sum[r][e];
+      }
+    }
+  };
+  // One patch of 8 rows by 16 outputs to a warp, at most.
+  const int patch_tile = warp / kTiles, patch_row = warp % kTiles * 8 + lane % 8;
+  uint32_t patch_sums =
+      SharedAddress(sums + patch_tile * kTileFloats + patch_row * kFewPitch + lane / 8 * 4);
+  Keep(patch_sums);
+  const auto patch_of = [&](int first) {
+    return Patch(p, row0 + patch_row, out_of(first + patch_tile));
+  };
+  Patch patch = patch_of(0);
+  RowFactor<kTiles> factor(p, row0 + warp);  // of rows kSlices apart
 
   WaitForPrevious();
   AllowNext();
-
-  if (kRowsShared) {
-#pragma unroll 1
-    for (int c = 0; c < chunks; ++c) {
 #pragma unroll
-      for (int i = 0; i < kTiles * 2; ++i) {
-        const int row = lane / 8 + i * 4, piece = lane % 8;
-        const int column = (chunk0 + c) * 64 + piece * 8;
-        const bool valid = row0 + row < p.rows && column < p.in;
-        CopyAsync(SharedAddress(rows) + c * kTiles * 8 * kTileRowBytes + FewPiece(row, piece),
-                  valid ? p.x + (row0 + row) * p.x_stride + column : p.x, valid);
-      }
-    }
-    CommitCopies();
+  for (int u = 0; u < kAhead; ++u) {
+    if (u < chunks) load_rows(u, u);
   }
-  constexpr int kAhead = kTiles == 1 ? 6 : 3;  // chunks in registers
-  uint4 held[kAhead][kTiles * 2];
-  const auto load_rows = [&](int chunk) {
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-#pragma unroll
-      for (int i = 0; i < kTiles * 2; ++i) {
-        const int row = row0 + lane / 8 + i * 4, column = (chunk0 + chunk + u) * 64 + lane % 8 * 8;
-        const bool valid = row < p.rows && chunk + u < chunks && column < p.in;
-        const bf16* const from = p.x + row * p.x_stride + column;
-        held[u][i] = valid ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
-      }
-    }
-  };
-  constexpr int kBatch = kRowsShared ? kFewBatch : 1;
-  constexpr int kSliceBytes = kTiles * 8 * (kRowsShared ? kFewPitch * 4 : kTileRowBytes);
-  char* const passing = reinterpret_cast<char*>(sums) + warp * kSliceBytes;
+  factor.Load();
 
-  float sum[kTiles][4];
-  const auto clear = [&] {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
-  };
-  const auto store = [&](int tile) {
-    float* const to = sums + (tile * kSlices + warp) * (kSliceBytes / 4);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        to[(j * 8 + t * 2 + (e & 1)) * kFewPitch + g + (e & 2 ? 8 : 0)] = sum[j][e];
-      }
-    }
-  };
-  int turn = 0, slot = 0;
-  for (int first = 0; first < tiles; first += kBatch) {
-    const int batch = min(kBatch, tiles - first);
-    // One patch of 8 rows by 16 outputs to a warp, at most.
-    const int tile = warp / kTiles, row = row0 + warp % kTiles * 8 + lane % 8;
-    const int out = out_of(first + tile);
-    float4 residual = {}, norm = {};
-    if (tile < batch) residual = PatchResidual(p, row, out), norm = PatchNorm(p, out);
-    RowFactor factor;
-    const int factor_row = warp * 4 + lane / 8;
-    if (first == 0 && warp < kTiles * 2) factor.Load(p, row0 + factor_row);
+  int slot = 0, turn = 0;
+  for (int first = 0; first < tiles; first += kFewBatch) {
+    const int batch = min(kFewBatch, tiles - first);
+    if (first > 0) patch = patch_of(first);
+    const bool ends = patch_tile < batch;
+    if (ends) patch.LoadResidual(p);
 
-    if (!kRowsShared) load_rows(0);
-    clear();
-    int chunk = 0, done = 0, used = 0;
+    if constexpr (kPacked) {
+      if (first == 0) WaitCopies<0>();
+      const auto side_by_side = [&]<int kCount>() {
+        constexpr int kMost = kFewMostChunks<kTiles> < kFewPacked / kCount ? kFewMostChunks<kTiles>
+                                                                           : kFewPacked / kCount;
+        float sum[kCount][kTiles][4] = {};
+        const auto pass_rows = [&](int c) {
+          if (c >= chunks) return;
+          put_rows(c % kAhead, c);
+          if (c + kAhead < kMost && c + kAhead < chunks) load_rows(c % kAhead, c + kAhead);
+        };
+        pass_rows(0);
+#pragma unroll
+        for (int c = 0; c < kMost; ++c) {
+          if (c >= chunks) break;
+          __syncwarp();
+          Fragments f;
+          take_rows(c, f);
+          if (c + 1 < kMost) pass_rows(c + 1);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            multiply(sum[j], ((first + j) * chunks + c) * kFewChunkBytes, f);
+          }
+          if (c == 0 && first == 0) factor.Finish(p, factors + warp);  // while products run
+        }
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) store(sum[j], j);
+      };
+      if (batch == 1) {
+        side_by_side.template operator()<1>();
+      } else if (batch == 2) {
+        side_by_side.template operator()<2>();
+      } else {
+        side_by_side.template operator()<kFewBatch>();
+      }
+    } else {
 #pragma unroll 1
-    for (int q = 0; q < batch * chunks; ++q, ++turn) {
-      if (turn == 0) {
-        WaitCopies<0>();  // the rows came last
-      } else if (turn >= kFewRing) {
-        WaitCopies<kFewRing - 1>();
-      }
-      const char* x = rows + chunk * kTiles * 8 * kTileRowBytes;
-      if (!kRowsShared) {
-        if (used == kAhead) load_rows(chunk), used = 0;
+      for (int tile = 0; tile < batch; ++tile) {
+        float sum[kTiles][4] = {};
+#pragma unroll 1
+        for (int c0 = 0; c0 < chunks; c0 += kAhead) {
 #pragma unroll
-        for (int i = 0; i < kTiles * 2; ++i) {
-          *reinterpret_cast<uint4*>(passing + FewPiece(lane / 8 + i * 4, lane % 8)) = held[0][i];
+          for (int u = 0; u < kAhead; ++u) {
+            const int c = c0 + u;
+            if (c >= chunks) break;
+            WaitCopies<kFewRing - 1>();
+            put_rows(u, turn);
+            // Rows that a warp cannot hold come again for each tile.
+            if (chunks > kAhead) load_rows(u, c + kAhead < chunks ? c + kAhead : u);
+            __syncwarp();
+            Fragments f;
+            take_rows(turn++, f);
+            multiply(sum, slot * kFewChunkBytes, f);
+            __syncwarp();
+            copy_next();
+            if (++slot == kFewRing) slot = 0;
+          }
         }
-#pragma unroll
-        for (int u = 0; u + 1 < kAhead; ++u) {
-#pragma unroll
-          for (int i = 0; i < kTiles * 2; ++i) held[u][i] = held[u + 1][i];
-        }
-        ++used;
-        x = passing;
-      }
-      __syncwarp();
-      const char* const weights = ring + slot * kFewChunkBytes;
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const uint2 low = FewFragment(weights, g, s, t), high = FewFragment(weights, g + 8, s, t);
-        const uint32_t w[4] = {low.x, high.x, low.y, high.y};
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-          const uint2 pair = FewFragment(x + j * 8 * kTileRowBytes, g, s, t);
-          Mma16x8x16(sum[j], w, {pair.x, pair.y});
-        }
-      }
-      __syncwarp();
-      copy_next();
-      if (++slot == kFewRing) slot = 0;
-      if (++chunk == chunks) {
-        chunk = 0;
-        store(done++);
-        clear();
+        store(sum, tile);
       }
     }
-    if (chunks == 0) {
-      for (int i = 0; i < batch; ++i) store(i);
-    }
-    if (first == 0 && warp < kTiles * 2) {
-      const float f = factor.Finish(p, row0 + factor_row);
-      if (lane % 8 == 0) factors[factor_row] = f;
-    }
+    if (first == 0 && (!kPacked || chunks == 0)) factor.Finish(p, factors + warp);
     __syncthreads();
-    if (tile < batch) {
-      const int n = warp % kTiles * 8 + lane % 8;
+    if (ends) {
       float4 total = {};
 #pragma unroll
       for (int s = 0; s < kSlices; ++s) {
-        const float4 part = *reinterpret_cast<const float4*>(
-            sums + (tile * kSlices + s) * (kSliceBytes / 4) + n * kFewPitch + lane / 8 * 4);
+        float4 part;
+        LoadShared(patch_sums + s * kSliceFloats * 4, part);
         total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
       }
-      EndPatch(p, row, out, residual, norm, total, factors[n]);
+      patch.End(p, total, factors[patch_row]);
     }
-    if (first + kBatch < tiles) __syncthreads();
+    if (first + kFewBatch < tiles) __syncthreads();
   }
 }
 

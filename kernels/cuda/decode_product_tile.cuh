@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
                 (chunk0 + i) * 64, row0);
       };
       const int ahead = min(chunks, num_stages);
-      if (NextIsProduct(p)) AllowNext();
+      if (p.next_begins) AllowNext();
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(i, i);
       WaitForPrevious();
@@ -143,6 +143,10 @@ __global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
     return;
   }
 
+  if (p.epilogue == DecodeEpilogue::kResidual && warp < Shape::kWarps && lane == 0) {
+    const int column = out0 + warp * 16;  // they come from afar
+    if (column < p.out) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.next_norm + column));
+  }
   WaitForPrevious();
   if (warp > Shape::kWarps) {
 #pragma unroll 1
@@ -217,8 +221,8 @@ __global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
   }
 
   // Patches of 8 rows by 16 outputs: a warp ends those of 16 outputs, every cluster-th one.
-  const int column = warp * 16, out = out0 + column;
-  const float4 norm = PatchNorm(p, out);
+  const int column = warp * 16;
+  Patch patch(p, row0 + rank * 8 + lane % 8, out0 + column);
   asm volatile("bar.sync 1, %0;" ::"n"(kGroups * 128) : "memory");  // the stages are used up
   asm volatile("bar.sync 2, %0;" ::"n"((Shape::kWarps + Shape::kFactorWarps) * 32) : "memory");
   if (kSplit) {
@@ -227,25 +231,26 @@ __global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
     store(total, 0);
     __syncwarp();  // a warp ends what it summed itself
   }
-  constexpr int kAtOnce = kRows >= 64 ? 8 : kRows / 8;
+  constexpr int kAtOnce = kRows >= 64 ? 4 : kRows / 8;
+  const int step = cluster * 8;
   bool waited = !kSplit;
 #pragma unroll 1
-  for (int first = rank * 8; first < kRows; first += kAtOnce * cluster * 8) {
+  for (int first = rank * 8; first < kRows; first += kAtOnce * step) {
+    const int r = first + lane % 8;
     float4 residual[kAtOnce];
-    if (p.epilogue == DecodeEpilogue::kResidual) {
+    Patch ahead = patch;
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int r = first + j * cluster * 8 + lane % 8;
-        residual[j] = r < kRows ? PatchResidual(p, row0 + r, out) : float4{};
-      }
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (r + j * step < kRows) ahead.LoadResidual(p);
+      residual[j] = ahead.residual;
+      ahead = ahead.After(p, step);
     }
     if (!waited) WaitCluster();
     waited = true;
-#pragma unroll 1
+    uint32_t at = sums_at + (r * Shape::kPitch + column + lane / 8 * 4) * 4;
+#pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      const int r = first + j * cluster * 8 + lane % 8;
-      if (r >= kRows) break;
-      const uint32_t at = sums_at + (r * Shape::kPitch + column + lane / 8 * 4) * 4;
+      if (first + j * step >= kRows) break;
       float4 sum = {};
       if (kSplit) {
 #pragma unroll
@@ -254,11 +259,12 @@ __global__ void __launch_bounds__(TileShape<kGroups, kRows>::kThreads)
           sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
         }
       } else {
-        sum = *reinterpret_cast<const float4*>(head + (at - base));
+        LoadShared(at, sum);
       }
-      EndPatch(p, row0 + r, out, residual[0], norm, sum, factors[r]);
-#pragma unroll
-      for (int k = 0; k + 1 < kAtOnce; ++k) residual[k] = residual[k + 1];
+      patch.residual = residual[j];
+      patch.End(p, sum, factors[r + j * step]);
+      patch = patch.After(p, step);
+      at += step * Shape::kPitch * 4;
     }
   }
   if (kSplit) {

@@ -2,11 +2,11 @@
 // launch), in a stream or in a captured graph.
 //
 // A kernel that is launched so must call WaitForPrevious() before it reads what earlier kernels of
-// the stream wrote or writes what they read, in every thread that does, and AllowNext() only after
-// that: then whatever a kernel does before its WaitForPrevious() can overlap with the one kernel
-// ahead of it and with no other. Before it, read weights and, of states, only what no kernel
-// between the last writer and this one touches. A kernel may call AllowNext() at once where the one
-// behind it is known to read nothing but weights before its own WaitForPrevious().
+// the stream wrote or writes what they read, in every thread that does. It calls AllowNext() after
+// that: then whatever the next kernel does before its own WaitForPrevious() can overlap with this
+// kernel and with no other. Decode kernels but the first and the last of a step may call it at
+// once, and so overlap with each other as far as there is room: before they wait they read weights,
+// and states that no other kernel of the step touches (kernels/decode.h).
 #pragma once
 
 #include <utility>
@@ -18,8 +18,19 @@ namespace gla {
 __device__ inline void WaitForPrevious() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ inline void AllowNext() { asm volatile("griddepcontrol.launch_dependents;"); }
 
+// x as it is now, in a register: what a kernel computes before it waits the compiler would
+// otherwise compute again after it.
+template <typename T>
+__device__ void Keep(T& x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+}
+
 struct LaunchShape {
-  unsigned blocks;
+  dim3 blocks;
   unsigned threads;
   size_t shared_bytes = 0;
   unsigned cluster = 1;  // blocks

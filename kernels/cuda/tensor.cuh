@@ -93,6 +93,27 @@ __device__ void StoreTile(bf16* to, int64_t stride, const char* tile, int valid_
   }
 }
 
+// Shared memory by address, 16 bytes at a time: a pointer's is found anew wherever it is used. In
+// the order of the program, like stores.
+__device__ inline void StoreShared(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+template <typename T>
+__device__ void LoadShared(uint32_t from, T& x) {
+  static_assert(sizeof(T) % 16 == 0);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 16; ++i) {
+    uint4 piece;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w)
+                 : "r"(from + static_cast<uint32_t>(16 * i))
+                 : "memory");
+    memcpy(reinterpret_cast<char*>(&x) + 16 * i, &piece, 16);
+  }
+}
+
 // ---- Bulk copies and the barriers that they end at ----------------------------------------------
 
 // Barriers in shared memory, by address: a phase ends after `count` arrivals and all bytes that
@@ -355,6 +376,12 @@ __device__ inline float Reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// x sigmoid(x), to 2^-20 or so of itself.
+__device__ inline float QuickSilu(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return x * Reciprocal(1.0f + Exp2(-kLog2E * x));
 }
 
 // Pairs.

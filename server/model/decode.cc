@@ -177,6 +177,7 @@ void Model::Impl::QueueFusedDecode(int rows, char* states) {
   const auto store = [&](const PackedWeight& weight, Rows x, bool is_normed, Rows y,
                          DecodeEpilogue epilogue) {
     DecodeProductArgs args = FusedProduct(weight, x, is_normed);
+    args.ends_step = &weight == &weights.lm_head;
     args.epilogue = epilogue;
     args.y = y.data;
     args.y_dtype = y.dtype;

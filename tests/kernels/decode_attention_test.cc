@@ -1,6 +1,10 @@
 // The fused attention of a decode step, against the recurrence in double.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "kernels/decode.h"
 #include "tests/kernels/harness.h"
 #include "tests/kernels/reference.h"
@@ -321,6 +325,23 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Int16StateTest,
                          testing::Combine(testing::ValuesIn(kCases),
                                           testing::Values(StateFormat::kInt16)),
                          NameOfCase);
+
+TEST(DecodeAttention, MoreRowsThanAGridCountsInOneDirection) {
+  const Case& c = *std::find_if(std::begin(kCases), std::end(kCases),
+                                [](const Case& c) { return std::string(c.name) == "slim"; });
+  const int rows = 70001;  // a grid stops at 65535 but along x
+  const Problem p(c, StateFormat::kFloat32, rows);
+  std::vector<float> values;
+  const DeviceBuffer slots = MakeSlots(p, 1, &values);
+  const std::vector<float> all =
+      RunRows(p, slots, std::vector<int32_t>(rows, 0), std::vector<int32_t>(rows, -1), 0, rows);
+  const int width = c.heads * c.value_dim;
+  for (const int first : {0, 32766, 65534, rows - 3}) {
+    const std::vector<float> three = RunRows(p, slots, {0, 0, 0}, {-1, -1, -1}, first, 3);
+    const auto begin = all.begin() + static_cast<int64_t>(first) * width;
+    EXPECT_EQ(three, std::vector<float>(begin, begin + 3 * width)) << "rows from " << first;
+  }
+}
 
 TEST(DecodeAttention, SlotsBeyondTwoToThe31) {
   // 340M's layer among 24: a pool of more than 2^31 floats.
