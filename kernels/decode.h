@@ -10,9 +10,9 @@
 //   squares  [rows, D / 16] float32: sums of residual^2 over 16 neighbours
 // The product that reads x multiplies its sums by 1 / sqrt(sum(squares) / D + eps).
 //
-// A step begins with the embedding; after it products and attention may all run ahead of each other
-// as far as weights and states go: a state is touched in a step by one call of attention alone. The
-// last product is marked.
+// A step begins with the embedding. After it products and attention may run ahead of each other as
+// far as they read what no kernel of the step writes: weights, slots, and of states what one call
+// of attention alone touches. Products that others follow are marked (`next_is_other`).
 //
 // Batch invariance holds as in kernels.h: the bits of a row do not depend on `rows`.
 // Pointers are device memory, aligned to 16 bytes, strides are in elements and multiples of 8.
@@ -56,7 +56,7 @@ struct DecodeProductArgs {
   const float* next_norm = nullptr;  // kResidual: [out]
   void* next_x = nullptr;            // kResidual: [rows, out] bfloat16
   float* next_squares = nullptr;     // kResidual: [rows, out / 16]
-  bool ends_step = false;            // what follows is no kernel of this header
+  bool next_is_other = false;        // what follows is no kernel of this header
   int rows;
 };
 

@@ -217,15 +217,15 @@ inline int64_t WeightStride(int in, DType dtype) {
   return RoundUp<int64_t>(in, 16 / static_cast<int64_t>(SizeOf(dtype)));
 }
 
-// More than 48 KiB of a block's shared memory must be asked for.
+// More than 48 KiB of a block's shared memory, static arrays included, must be asked for.
 template <typename Kernel>
 void AllowShared(Kernel* kernel, size_t bytes) {
-  if (bytes <= size_t{40} << 10) return;  // 48 KB are free, static arrays included
+  if (bytes <= size_t{40} << 10) return;  // 8 KiB are enough for those
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes)));
 }
 
-// One-dimensional grids only: x goes to 2^31 - 1, y and z stop at 65535.
+// Of one-dimensional grids: x goes to 2^31 - 1, y and z stop at 65535.
 inline unsigned GridOf(int64_t blocks) {
   GLA_REQUIRES(blocks > 0 && blocks < (int64_t{1} << 31), "the grid of one launch");
   return static_cast<unsigned>(blocks);

@@ -12,8 +12,9 @@
 // u (x + (key / u) v), x the integers, so an element costs one FMA, and u is a factor of the query
 // and of the next scale. What a row needs once is found by one thread, before and after.
 //
-// The order of every sum is fixed by K, V and the format: down a thread's rows, over the rows of a
-// warp by shuffles, over the warps and then over the blocks of a head through shared memory.
+// The order of every sum is fixed by K, V, the format and how many query heads share a state: down
+// a thread's rows, over the rows of a warp by shuffles, over the warps and then over the blocks of
+// a head through shared memory.
 #include <algorithm>
 #include <numbers>
 
@@ -39,7 +40,7 @@ constexpr int kMostKeysOf = kThreads == 256                  ? kMostKeys
                             : kFormat == StateFormat::kInt16 ? 256
                                                              : 128;
 
-constexpr int kMostHeads = 256;
+constexpr int kMostHeads = 256;     // so that 32 bits count the bytes of a state
 constexpr int kRowsAlongY = 32768;  // of a grid
 
 struct Parameters {
@@ -703,8 +704,8 @@ bool ServesDecodeAttention(const DecodeAttentionArgs& a) {
 void DecodeAttention(Device& device, const DecodeAttentionArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(ServesDecodeAttention(a), "sizes that Serves() accepts");
-  const int64_t widest = std::max(
-      {a.q_stride, a.k_stride, a.v_stride, a.gate_in_stride, a.output_gate_stride, a.y_stride});
+  const int64_t widest = std::max({a.q_stride, a.k_stride, a.v_stride, a.gate_in_stride,
+                                   a.output_gate_stride, a.gate_stride, a.y_stride});
   GLA_REQUIRES(a.rows * widest < int64_t{1} << 31, "rows whose elements 32 bits count");
   const int tiles = CeilDiv(a.value_dim, kTile);
   const Parameters p = {

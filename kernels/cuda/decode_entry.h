@@ -19,7 +19,7 @@ constexpr int kRowsThatOverlap = 8;
 
 // How a product is computed. Every plan gives the same bits; PlanProduct() picks a fast one.
 struct ProductPlan {
-  int tile_out;   // outputs of a block: 16 (rows straight to registers), 64 or 128 (wgmma)
+  int tile_out;   // outputs of a tile: 16 (mma.sync, for few rows), 64 or 128 (wgmma)
   int tile_rows;  // 16: 8 or 16; else 16, 32, 64 or 128
   int cluster;    // blocks that share the columns of one tile: 1, 2, 4 or 8; 16: always 1
 };

@@ -128,8 +128,10 @@ void DecodeEmbed(Device& device, const DecodeEmbedArgs& a) {
 
 bool ServesDecodeProduct(const DecodeProductArgs& a) {
   const PackedWeight& w = *a.weight;
-  if (w.dtype() != DType::kBFloat16 || w.in() <= 0 || w.out() <= 0 || w.in() % 32 != 0)
-    return false;
+  if (w.dtype() != DType::kBFloat16 || w.in() <= 0 || w.out() <= 0 || w.in() % 32 != 0 ||
+      RoundUp(int64_t{w.out()}, int64_t{16}) * w.in() >= int64_t{1} << 31) {
+    return false;  // (32 bits count a weight's elements, tiles of 16 outputs)
+  }
   if (a.epilogue == DecodeEpilogue::kStore) {
     return a.y_dtype == DType::kBFloat16 || a.y_dtype == DType::kFloat32;
   }
@@ -177,9 +179,10 @@ ProductPlan PlanProduct(int rows, int out, int in) {
 void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProductArgs& a) {
   if (a.rows == 0) return;
   GLA_REQUIRES(ServesDecodeProduct(a), "a product that Serves()");
-  GLA_REQUIRES(a.rows * std::max<int64_t>(a.x_stride, a.weight->in()) < int64_t{1} << 31 &&
-                   int64_t{a.weight->out()} * a.weight->in() < int64_t{1} << 31,
-               "rows and weights whose elements 32 bits count");
+  GLA_REQUIRES(a.rows * std::max<int64_t>(a.x_stride, a.weight->in()) < int64_t{1} << 31,
+               "rows whose elements 32 bits count");
+  const bool next_begins =
+      !a.next_is_other && (a.epilogue != DecodeEpilogue::kStore || a.rows <= kRowsThatOverlap);
   const ProductParams p = {.x = static_cast<const bf16*>(a.x),
                            .x_stride = a.x_stride,
                            .squares = a.squares,
@@ -188,8 +191,7 @@ void DecodeProductBy(const ProductPlan& plan, Device& device, const DecodeProduc
                            .weight = static_cast<const bf16*>(a.weight->data()),
                            .epilogue = a.epilogue,
                            .y_is_float = a.y_dtype == DType::kFloat32,
-                           .next_begins = !a.ends_step && (a.epilogue != DecodeEpilogue::kStore ||
-                                                           a.rows <= kRowsThatOverlap),
+                           .next_begins = next_begins,
                            .y = a.y,
                            .y_stride = a.y_stride,
                            .residual = a.residual,

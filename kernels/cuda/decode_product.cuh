@@ -67,7 +67,7 @@ struct RowFactor {
   static constexpr int kAtOnce = 2;
   const float2* all_squares;
   int from[kRows];
-  int pairs;  // of a row that are left, from the lane's first on; 0: none
+  int pairs;  // of a row that are left, from the lane's first on
   float2 squares[kRows][kAtOnce];
 
   __device__ RowFactor(const ProductParams& p, int row)

@@ -4,9 +4,9 @@
 // A kernel that is launched so must call WaitForPrevious() before it reads what earlier kernels of
 // the stream wrote or writes what they read, in every thread that does. It calls AllowNext() after
 // that: then whatever the next kernel does before its own WaitForPrevious() can overlap with this
-// kernel and with no other. Decode kernels but the first and the last of a step may call it at
-// once, and so overlap with each other as far as there is room: before they wait they read weights,
-// and states that no other kernel of the step touches (kernels/decode.h).
+// kernel and with no other. Decode kernels may call it at once where the next is one of them too,
+// and so overlap with each other as far as there is room: what they read before they wait no kernel
+// of the step writes (kernels/decode.h).
 #pragma once
 
 #include <utility>

@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "kernels/cuda/common.cuh"
@@ -378,7 +379,7 @@ __device__ inline float Reciprocal(float x) {
   return y;
 }
 
-// x sigmoid(x), to 2^-20 or so of itself.
+// x sigmoid(x), to 2^-18 or so of itself.
 __device__ inline float QuickSilu(float x) {
   constexpr float kLog2E = 1.4426950408889634f;
   return x * Reciprocal(1.0f + Exp2(-kLog2E * x));

@@ -174,10 +174,12 @@ void Model::Impl::QueueFusedDecode(int rows, char* states) {
                                  .squares = sums,
                                  .rows = rows,
                                  .dim = config.hidden_size});
+  const bool is_mixed_by_kernels =
+      config.use_short_conv || maps_features() || config.family == ModelFamily::kRetNet;
   const auto store = [&](const PackedWeight& weight, Rows x, bool is_normed, Rows y,
-                         DecodeEpilogue epilogue) {
+                         DecodeEpilogue epilogue, bool next_is_other = false) {
     DecodeProductArgs args = FusedProduct(weight, x, is_normed);
-    args.ends_step = &weight == &weights.lm_head;
+    args.next_is_other = next_is_other;
     args.epilogue = epilogue;
     args.y = y.data;
     args.y_dtype = y.dtype;
@@ -198,13 +200,13 @@ void Model::Impl::QueueFusedDecode(int rows, char* states) {
   for (int layer = 0; layer < config.num_layers; ++layer) {
     const LayerWeights& w = weights.layers[layer];
     const bool is_last = layer + 1 == config.num_layers;
-    store(w.in_proj, normed, true, proj, DecodeEpilogue::kStore);
+    store(w.in_proj, normed, true, proj, DecodeEpilogue::kStore, is_mixed_by_kernels);
     FusedAttention(layer, rows, states);
     add(w.out_proj, mixed_normed, w.mlp_norm);
     store(w.gate_up, normed, true, mlp, DecodeEpilogue::kSwiGlu);
     add(w.down, mlp, is_last ? weights.norm : weights.layers[layer + 1].attn_norm);
   }
-  store(weights.lm_head, normed, true, logits, DecodeEpilogue::kStore);
+  store(weights.lm_head, normed, true, logits, DecodeEpilogue::kStore, true);
 }
 
 }  // namespace gla
