@@ -164,7 +164,9 @@ absl::Status Model::Impl::Allocate() {
   if (!out_of_memory && decode_rows > 0) {
     decode_inputs.emplace(device, static_cast<int>(decode_rows), max_run_seqs());
     out_of_memory = !decode_inputs->ok();
-    is_fused = ServesFusedDecode();
+    // The fused kernels count the elements of all rows in 32 bits.
+    const int64_t widest = std::max({proj.stride, conv.stride, features.stride, mlp.stride});
+    is_fused = decode_rows * widest < int64_t{1} << 31 && ServesFusedDecode();
   }
   if (is_fused) {
     decode_activations = AllocateActivations(decode_rows);
