@@ -13,8 +13,8 @@ void DecodeProduct(Device& device, const DecodeProductArgs& args);
 bool ServesDecodeAttention(const DecodeAttentionArgs& args);
 void DecodeAttention(Device& device, const DecodeAttentionArgs& args);
 
-// Up to so many rows every kernel of a step lets the next begin at once. With more, blocks of
-// attention and of the product behind it would crowd onto what multiprocessors have room.
+// Up to so many rows in-projection and attention let the next kernel begin at once, as the other
+// products always do. With more it was slower (kernels/README.md).
 constexpr int kRowsThatOverlap = 8;
 
 // How a product is computed. Every plan gives the same bits; PlanProduct() picks a fast one.
